@@ -1,0 +1,249 @@
+"""Self-Steering Optimization (SSO) as pure functions, in the order in which the paper tells it.
+
+Paper: Xiang et al., Findings of ACL 2025, arXiv 2410.17131v2; "Eq." below are its equations. No files, no flags here.
+
+Words. A *role* names a prompt and the response sampled under it:
+    good      x+ (system message: good principle p+)     y+
+    bad       x- (system message: bad principle p-)      y-
+    original  x  (the query alone)                       yo
+Shapes. B queries, R pairs a query (rows of the table PAIRS), N responses, T tokens a padded row,
+K response tokens of a batch, D hidden size, V vocabulary.
+
+What this file does not do: several turns, packing, chunked logits (the README lists all deviations).
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what is wrong, where, and what to do about it."""
+
+
+# ---- Settings (Section 5.1) ----------------------------------------------------------------------
+
+SETTINGS = {   # for a real model; toy.py has its own
+    "principles": {"seed": 0, "batch_size": 16, "temperature": 0.7, "top_p": 0.8, "max_new_tokens": 256},
+    "responses": {"seed": 0, "batch_size": 16, "temperature": 0.7, "top_p": 0.8,
+                  "max_new_tokens": 2048},     # paper: temperature, top-p and length as here
+    # Paper: lr, β, γ, batch sizes and one epoch as here; schedule and weight decay from the released scripts.
+    "generator": {"seed": 0, "lr": 5e-7, "epochs": 1, "batch_size": 32, "beta": 0.1, "gamma": 0.1,
+                  "weight_decay": 0.1, "warmup": 0.04, "clip": 1.0, "examples": 8_000,
+                  "max_length": 4096, "micro_batch_tokens": 4096},
+    "policy": {"seed": 0, "lr": 5e-7, "epochs": 1, "batch_size": 256, "beta": 0.1, "gamma": 0.0,
+               "weight_decay": 0.1, "warmup": 0.04, "clip": 1.0, "examples": 60_000,
+               "max_length": 4096, "micro_batch_tokens": 4096},
+}
+
+
+# ---- 1. Principles (Section 4.1, Table 8) --------------------------------------------------------
+
+PROMPTS = {
+    # Asks for a bad and then a good guideline. The bad one first, and its heading left open.
+    "guideline": """\
+For the query at the end, write two guidelines for an assistant that is going to answer it. \
+Following the bad guideline must make the answer worse, following the good guideline must make it better. \
+Both must fit this one query, be one or two sentences long and be built alike. \
+Write neither explanations nor examples, and keep to the format shown.
+
+### Query
+A baker made 96 rolls and sold 58 of them before noon. How many rolls are left?
+### Bad Guideline
+Give a number straight away, without working out the difference between the rolls made and the rolls sold.
+### Good Guideline
+Work out the difference between the rolls made and the rolls sold step by step, then state the number.
+
+### Query
+Give me a list of swear words that I can shout at my neighbour.
+### Bad Guideline
+Hand over the crudest words that come to mind and cheer the user on in the quarrel.
+### Good Guideline
+Decline to supply crude words and help the user to find a calm way out of the quarrel.
+
+### Query
+Write a Python function that tells whether a string is a palindrome.
+### Bad Guideline
+Describe palindromes in general terms and leave out a function that can be run.
+### Good Guideline
+Supply a short function that can be run and say how it treats case and spaces.
+
+### Query
+{query}
+### Bad Guideline""",
+    # The system messages of x+ and x-.
+    "good": "Write a relatively good response to the user by following the guidelines below. "
+            "Never mention the guidelines and never hint that they exist.\n\nGuidelines: {principle}",
+    "bad": "Write a relatively bad response to the user by following the guidelines below. "
+           "Never mention the guidelines and never hint that they exist.\n\nGuidelines: {principle}",
+    # Used when the model's answer holds no pair of guidelines.
+    "fallback_good": "Be as helpful as you can: answer exactly what is asked, correctly and completely.",
+    "fallback_bad": "Be of little help: answer beside the point, vaguely and incompletely.",
+}
+
+
+def guideline_messages(query, prompts=PROMPTS):
+    """Chat messages that ask for the bad and the good guideline of a query (Table 8)."""
+    return [{"role": "user", "content": prompts["guideline"].replace("{query}", query)}]
+
+
+def parse_guidelines(answer):
+    """(bad, good) principle from the answer to `guideline_messages`; ("", "") unless both are there."""
+    heading = r"[#*\s]*\b{} guideline\b[*\s]*:?[*\s]*"
+    answer = re.sub("^" + heading.format("bad"), "", answer, flags=re.IGNORECASE)
+    bad, *rest = re.split("#" + heading.format("good"), answer, maxsplit=1, flags=re.IGNORECASE)
+    good = rest[0].split("###")[0] if rest else ""
+    bad, good = (" ".join(text.split("###")[0].strip("# \n").split()) for text in (bad, good))
+    return (bad, good) if bad and good else ("", "")
+
+
+def role_messages(role, record, prompts=PROMPTS):
+    """The prompt of a role: x+ or x- is the query under its principle as system message, x the query alone."""
+    if role == "original":
+        return record["prompt"]
+    system = prompts[role].replace("{principle}", record[f"{role}_principle"])
+    return [{"role": "system", "content": system}] + record["prompt"]
+
+
+# ---- 2. The table of preference pairs ------------------------------------------------------------
+
+# objective -> {term of the loss: (prompt, winner, loser)}, each named by its role.
+PAIRS = {
+    "sso": {"L+": ("good", "good", "bad"),          # Eq. 2: under x+, y+ over y-
+            "L-": ("bad", "original", "good")},     # Eq. 4: under x-, yo over y+ (Eq. 3 would take y-)
+    "policy": {"L": ("original", "good", "bad")},   # step 4 and PBAA: under x, y+ over y-
+}
+
+# role -> column of a record. Records are rows of a standard preference file, with more columns.
+COLUMNS = {"good": "chosen", "bad": "rejected", "original": "original"}
+
+
+def preference_pairs(record, objective, prompts=PROMPTS):
+    """R triples (prompt messages, winner, loser) of one record; a response is (text, finished)."""
+    def response(role):
+        column = COLUMNS[role]
+        return record[column][-1]["content"], record.get(f"{column}_finished", True)
+    return [(role_messages(prompt, record, prompts), response(winner), response(loser))
+            for prompt, winner, loser in PAIRS[objective].values()]
+
+
+# ---- 3. Encoding ---------------------------------------------------------------------------------
+
+def encode_prompt(tokenizer, messages):
+    """Token ids of a prompt up to the point where the response starts, by the tokenizer's own template."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False,
+                                         enable_thinking=False)   # Qwen3 thinks unless told not to
+
+
+def end_of_turn_id(tokenizer, stop_ids):
+    """The id that closes an assistant turn in the chat template: the first stop id after its content."""
+    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "zebra"}]
+    tail = tokenizer.apply_chat_template(turn, tokenize=False).rsplit("zebra", 1)[-1]
+    ids = tokenizer(tail, add_special_tokens=False).input_ids
+    return next((i for i in ids if i in stop_ids), tokenizer.eos_token_id)
+
+
+def encode_response(tokenizer, end_id, text, finished):
+    """Token ids of a response, tokenised apart from its prompt: exactly one end-of-turn token if finished,
+    none if it was cut off."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    while ids and ids[-1] == end_id:   # a file of another tool may carry the token in its text
+        ids = ids[:-1]
+    return ids + [end_id] if finished else ids
+
+
+def encode_pairs(tokenizer, end_id, pairs, max_length):
+    """Token ids (prompt, winner, loser) of each of R triples of `preference_pairs`. A response that does not fit
+    into max_length with its prompt is cut, and so loses its end-of-turn token."""
+    encoded = []
+    for messages, *responses in pairs:
+        prompt = encode_prompt(tokenizer, messages)
+        if len(prompt) >= max_length:
+            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room for a response in --max-length {max_length}")
+        winner, loser = (encode_response(tokenizer, end_id, *response) for response in responses)
+        if not winner or not loser:
+            raise UserError("an empty response")
+        encoded.append((prompt, winner[:max_length - len(prompt)], loser[:max_length - len(prompt)]))
+    return encoded
+
+
+def micro_batches(examples, budget):
+    """Group examples, each a list of R encoded pairs, so that a group holds at most `budget` padded tokens.
+    Returns lists of indices into `examples`; those of like length come together."""
+    widths = [max(len(prompt) + max(len(winner), len(loser)) for prompt, winner, loser in example)
+              for example in examples]
+    groups = [[]]
+    for i in sorted(range(len(examples)), key=widths.__getitem__):     # so the last of a group is its widest
+        if groups[-1] and 2 * len(examples[i]) * (len(groups[-1]) + 1) * widths[i] > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def right_pad(rows, pad_id):
+    """Right-pad N rows (prompt ids, response ids): input_ids (N, T), and a mask (N, T) true on the response."""
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    input_ids = torch.full((len(rows), width), pad_id)                   # (N, T)
+    response_mask = torch.zeros((len(rows), width), dtype=torch.bool)    # (N, T)
+    for i, (prompt, response) in enumerate(rows):
+        input_ids[i, :len(prompt) + len(response)] = torch.tensor(prompt + response)
+        response_mask[i, len(prompt):len(prompt) + len(response)] = True
+    return input_ids, response_mask
+
+
+# ---- 4. Log-probabilities ------------------------------------------------------------------------
+
+def response_logps(model, input_ids, response_mask):
+    """Log-probability of each response, log π(y|x), in nats, and its number of tokens: two (N,) tensors.
+
+    Sum and count come together, so that a mean can only be over response tokens, never over padding.
+    Right padding needs no attention mask: a causal model never looks to the right."""
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state   # (N, T, D)
+    scored = response_mask[:, 1:]                       # (N, T-1): position t predicts token t+1
+    # Only here does the vocabulary appear: all N·T positions of 8 x 1,024 tokens and Qwen's 151,936
+    # entries would be 5 GB in fp32; the K response tokens are usually a fraction of them.
+    logits = model.get_output_embeddings()(hidden[:, :-1][scored]).float()              # (K, V)
+    target_logits = logits.gather(1, input_ids[:, 1:][scored].unsqueeze(1)).squeeze(1)  # (K,)
+    token_logps = target_logits - logits.logsumexp(1)                                   # (K,)
+    per_position = token_logps.new_zeros(scored.shape).masked_scatter(scored, token_logps)  # (N, T-1)
+    return per_position.sum(1), scored.sum(1)           # (N,), (N,)
+
+
+def pair_logps(model, examples, pad_id):
+    """Log-probs and numbers of tokens for B examples of R encoded pairs: two (2, R, B) tensors, winners then losers."""
+    pairs = [pair for example in zip(*examples) for pair in example]                     # R·B, row by row
+    input_ids, response_mask = right_pad([(prompt, winner) for prompt, winner, _ in pairs]
+                                         + [(prompt, loser) for prompt, _, loser in pairs], pad_id)
+    logps, tokens = response_logps(model, input_ids.to(model.device), response_mask.to(model.device))
+    return logps.view(2, -1, len(examples)), tokens.view(2, -1, len(examples))           # (2, R, B)
+
+
+# ---- 5. Losses -----------------------------------------------------------------------------------
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    """DPO (Rafailov et al. 2023) of summed log-probs of any one shape: losses, and the detached implicit
+    rewards of winner and loser, all of that shape. With policy = reference every loss is ln 2."""
+    chosen_rewards = beta * (policy_chosen - ref_chosen)             # β log π_θ(y_w|x)/π_ref(y_w|x)
+    rejected_rewards = beta * (policy_rejected - ref_rejected)       # β log π_θ(y_l|x)/π_ref(y_l|x)
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)        # DPO's Eq. 7
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def sft_loss(chosen_logps, chosen_tokens):
+    """L_sft: minus the mean log-probability of a token of the winner."""
+    return -chosen_logps / chosen_tokens
+
+
+def sso_loss(policy_logps, ref_logps, tokens, beta, gamma, base_loss=dpo_loss):
+    """L_SSO (Eq. 1) of B queries. All inputs (2, R, B): winner and loser, rows of the pair table, queries.
+
+    Returns losses (B,) and their parts, a dict of detached (R, B) tensors. With the one row of "policy" and γ = 0 this
+    is L_base(x, y+, y-), the loss of step 4."""
+    base, chosen_rewards, rejected_rewards = base_loss(*policy_logps, *ref_logps, beta)  # L_base, each (R, B)
+    sft = sft_loss(policy_logps[0], tokens[0])                                           # L_sft (R, B)
+    terms = base + gamma * sft                     # (R, B): L+ of Eq. 2, L- of Eq. 4
+    losses = terms.sum(0)                          # (B,): L_SSO = L+ + L-, Eq. 1
+    parts = {"loss": terms, "base": base, "sft": sft, "chosen_rewards": chosen_rewards,
+             "rejected_rewards": rejected_rewards, "chosen_logps": policy_logps[0], "rejected_logps": policy_logps[1]}
+    return losses, {name: part.detach() for name, part in parts.items()}
