@@ -34,23 +34,37 @@ logging.disable_progress_bar()
 
 # ---- Files ---------------------------------------------------------------------------------------
 
+def as_messages(value, role):
+    """A text as a list of one message; a list of messages as it is; None if it is neither."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}] if value.strip() or role == "assistant" else None
+    good = isinstance(value, list) and value and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+    return value if good else None
+
+
 def read_jsonl(path):
     """The records of a JSONL file, each with an id, its place in the file; prompt and responses, which may be
     strings, as lists of messages. An error names the file and the line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    records = []
     # Not splitlines(), which would also split at the separators that a text may hold.
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip().split("\n"), 1):
+    lines, records = Path(path).read_text(encoding="utf-8").rstrip().split("\n"), []
+    if lines == [""]:
+        raise UserError(f"{path}: an empty file; one JSON object a line is expected")
+    for number, line in enumerate(lines, 1):
+        place = f"{path}, line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); one JSON object a line is expected") from None
+            raise UserError(f"{place}: not JSON ({error}); one JSON object a line is expected") from None
         if not isinstance(record, dict) or not record.get("prompt"):
-            raise UserError(f"{path}, line {number}: a record without a 'prompt'")
-        for column, role in [("prompt", "user")] + [(c, "assistant") for c in sso.COLUMNS.values()]:
-            if isinstance(record.get(column), str):
-                record[column] = [{"role": role, "content": record[column]}]
+            raise UserError(f"{place}: a record without a 'prompt'")
+        for column, role in [("prompt", "user")] + [(column, "assistant") for column in sso.COLUMNS.values()]:
+            if column in record:
+                record[column] = as_messages(record[column], role)
+                if record[column] is None:
+                    raise UserError(f"{place}: {column!r} is neither a text nor a list of messages (role and content)")
         records.append({"id": number - 1} | record)
     return records
 
@@ -60,7 +74,7 @@ def read_pairs(path, objective, model_path, tokenizer, end_id, max_length):
     records, examples = read_jsonl(path), []
     for number, record in enumerate(records, 1):
         for column in {"chosen", "rejected"} | ({"original"} if objective == "sso" else set()):
-            if not record.get(column):
+            if column not in record:
                 raise UserError(f"{path}, line {number}: a record without {column!r}, which {objective!r} needs")
             if record[column][:-1] not in ([], record["prompt"]):
                 raise UserError(f"{path}, line {number}: what comes before the last message of {column!r} is not the prompt")
@@ -90,12 +104,11 @@ def fingerprint(path):
     return digest.hexdigest()[:12] if files else None
 
 
-def claim(out, settings, inputs, proof=None):
+def claim(out, settings, inputs, proof=None, write=True):
     """Note the settings of an output beside it. True if the output is complete, False if there is work to do;
     an error if it was made with other settings. `inputs` are names and paths of what it is made from; an output
     that is a folder names the file in it, written last, that proves it complete."""
     note, done = (Path(out, "args.json"), Path(out, proof)) if proof else (Path(f"{out}.args.json"), Path(out))
-    note.parent.mkdir(parents=True, exist_ok=True)
     for name, path in inputs.items():
         settings = settings | {name: os.path.relpath(path, note.parent) if os.path.exists(path) else str(path),
                                f"{name} fingerprint": fingerprint(path)}
@@ -107,7 +120,8 @@ def claim(out, settings, inputs, proof=None):
                                 f"or delete {out} and {note} to make it again")
     elif done.exists():
         raise UserError(f"{out} exists and was not made by this command; choose another --out")
-    else:
+    elif write:
+        note.parent.mkdir(parents=True, exist_ok=True)
         write_text(note, json.dumps(settings, indent=1))
     return done.exists()
 

@@ -226,7 +226,7 @@ def batches(chats, size, rng):
     return [sso.right_pad([chats[i] for i in group], pad_id=0) for group in groups]
 
 
-def build(out, seed=0, world="default", steps=2650, batch_size=64):
+def build(out, seed=0, world="default", steps=3000, batch_size=64):
     """Train the base model on synthetic chats and save it as a checkpoint folder."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -241,7 +241,7 @@ def build(out, seed=0, world="default", steps=2650, batch_size=64):
         bos_token_id=None, eos_token_id=vocab["<|im_end|>"], pad_token_id=vocab["<|endoftext|>"], toy_world=world))
     model.generation_config = GenerationConfig(
         eos_token_id=[vocab["<|im_end|>"], vocab["<|endoftext|>"]], pad_token_id=vocab["<|endoftext|>"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup_then_linear = lambda step: min((step + 1) / 50, 1, (steps - step) / (0.7 * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_linear)
     queue = []

@@ -82,7 +82,8 @@ def metrics(terms, parts):
     """The loss, and means over the batch of its parts: "name" over all terms, "name term" for each of several."""
     margin = parts["chosen_rewards"] - parts["rejected_rewards"]                                        # (R, B)
     row = {}
-    for name, values in (parts | {"margin": margin, "accuracy": (margin > 0).float()}).items():
+    for name, values in (parts | {"margin": margin, "accuracy": margin > 0}).items():
+        values = values.float()
         row[name] = values.mean().item()
         row |= {f"{name} {term}": value.mean().item() for term, value in zip(terms, values) if len(terms) > 1}
     return row | {"loss": parts["loss"].sum(0).mean().item()}       # the terms add up: Eq. 1
@@ -143,12 +144,14 @@ def save(model, tokenizer, out):
 def train(stage, model, data, out, **given):
     """Train `model` on the pairs that the stage makes of `data`: L_SSO for the generator, L_base for the policy."""
     s, out, terms = generate.resolve(model, stage, given), Path(out), sso.PAIRS[OBJECTIVES[stage]]
-    generate.read_jsonl(data)                                   # refuse bad data before anything is written
-    if generate.claim(out, s, {"model": model, "data": data}, proof="config.json"):
+    made_of = {"model": model, "data": data}
+    generate.read_jsonl(data)
+    if generate.claim(out, s, made_of, proof="config.json", write=False):
         return print(f"{out}: complete")
     policy, tokenizer, end_id = generate.load_model(model)      # in eval mode, so without dropout
     _, examples = generate.read_pairs(data, OBJECTIVES[stage], model, tokenizer, end_id, s["max_length"])
     examples, pad_id = examples[:s["examples"]], tokenizer.pad_token_id
+    generate.claim(out, s, made_of, proof="config.json")        # only now, when the data has proved good
     for term, (prompt, winner, loser) in zip(terms, examples[0]):
         print(f"{term}: " + " | ".join(f"{name} {tokenizer.decode(ids)!r}" for name, ids in (
             ("prompt", prompt), ("winner", winner), ("loser", loser))))

@@ -1,0 +1,113 @@
+"""Checkpoints made in the test: randomly initialised Qwen2, Qwen3 and Llama chat models, and a toy base model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM)
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"      # no test may reach for a network
+os.environ["OMP_NUM_THREADS"] = "1"     # tiny tensors: a second thread gains little, and loses much beside a neighbour
+torch.set_num_threads(1)
+
+import generate  # noqa: E402
+import toy  # noqa: E402
+
+CHATML = ("{%- if messages[0]['role'] != 'system' and DEFAULT %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+          "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{%- if add_generation_prompt %}<|im_start|>assistant\n"
+          "{%- if enable_thinking is defined and enable_thinking is false %}THINK{% endif %}{% endif %}")
+KINDS = {   # family -> (config, model, chat template, special tokens: the end of turn, the end of text, others)
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, CHATML.replace("DEFAULT", "true").replace("THINK", ""),
+              ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM,
+              CHATML.replace("DEFAULT", "false").replace("THINK", "<think>\n\n</think>\n\n"),
+              ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]),
+    "llama": (LlamaConfig, LlamaForCausalLM,
+              "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+              "{{ m['content'] }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+              ["<|eot_id|>", "<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]),
+}
+
+
+def make_tokenizer(kind):
+    """A byte-level tokenizer with the family's special tokens and chat template. Llama's has no pad token."""
+    *_, template, specials = KINDS[kind]
+    vocab = {token: i for i, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    end, text_end, start = specials[:3]
+    if kind != "llama":
+        tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], eos_token=end, pad_token=text_end, unk_token=text_end)
+        tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    else:
+        backend = Tokenizer(models.BPE(vocab, []))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=start, eos_token=end,
+                                            additional_special_tokens=specials)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_checkpoint(folder, kind, context=4096, **sampling):
+    """Save a tiny, randomly initialised chat model of a family with the sampling settings given."""
+    config_class, model_class, _, specials = KINDS[kind]
+    tokenizer = make_tokenizer(kind)
+    ids = tokenizer.convert_tokens_to_ids(specials)
+    torch.manual_seed(0)
+    model = model_class(config_class(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, intermediate_size=48, max_position_embeddings=context, tie_word_embeddings=kind != "llama",
+        initializer_range=0.2, eos_token_id=ids[0], bos_token_id=ids[2], pad_token_id=None))
+    model.generation_config = GenerationConfig(eos_token_id=ids[:2], do_sample=True, **sampling)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def checkpoint(request, tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp(request.param) / "model", request.param,
+                           temperature=0.6, top_k=20, repetition_penalty=1.1)
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("q3") / "model", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def toy_base(tmp_path_factory):
+    """A toy base model trained for a few seconds: enough to run on, not to show anything."""
+    out = tmp_path_factory.mktemp("toy") / "base"
+    toy.build(out, seed=3, steps=150)
+    return out
+
+
+@pytest.fixture(scope="session")
+def toy_data(toy_base, tmp_path_factory):
+    """A folder with queries, principles and responses of the toy base model."""
+    folder = tmp_path_factory.mktemp("data")
+    write_jsonl(folder / "queries.jsonl", [{"prompt": query} for query in toy.make_queries(5)[0][:48]])
+    generate.principles(toy_base, folder / "queries.jsonl", folder / "principles.jsonl", batch_size=16)
+    generate.responses(toy_base, folder / "principles.jsonl", folder / "responses.jsonl", batch_size=16)
+    return folder
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def command(*words, check=True, **kwargs):
+    """Run a command line as a user would, from the repository's root."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **kwargs)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done

@@ -1,0 +1,202 @@
+"""Sampling: what is drawn does not depend on company or interruption; bad input ends in one line."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import generate
+import sso
+import toy
+from conftest import ROOT, command, make_checkpoint, make_tokenizer, write_jsonl
+
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12}
+CHATS = [[{"role": "user", "content": text}] for text in ("Hi", "Name a fruit that is not a plum, please.", "Why?")]
+
+
+def test_left_padding_changes_nothing(checkpoint):
+    model, tokenizer = generate.load_sampler(checkpoint)
+    together = generate.sample(model, tokenizer, CHATS, 0, GREEDY)
+    assert together == [generate.sample(model, tokenizer, [chat], 0, GREEDY)[0] for chat in CHATS]
+    assert len({text for text, *_ in together}) > 1
+
+
+def test_the_checkpoints_sampling_settings_are_not_applied_and_it_says_so(tmp_path, capsys):
+    samples = []
+    for name, sampling in {"plain": {}, "odd": {"top_k": 1, "repetition_penalty": 9.0, "temperature": 0.1, "min_p": 0.9,
+                                                "no_repeat_ngram_size": 1}}.items():
+        model, tokenizer = generate.load_sampler(make_checkpoint(tmp_path / name, "qwen2", **sampling))
+        samples.append(generate.sample(model, tokenizer, CHATS, 1, {"temperature": 0.7, "top_p": 0.8, "max_new_tokens": 20}))
+    assert samples[0] == samples[1]
+    assert "'repetition_penalty': 9.0" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("stop", [0, 1])       # both the end of turn and the end of text end a response
+def test_a_response_ends_at_any_stop_id_and_only_then_is_finished(qwen3, monkeypatch, stop):
+    model, tokenizer = generate.load_sampler(qwen3)
+    texts = tokenizer(["ab", "abcd"]).input_ids
+    def fake(input_ids, **_):
+        assert input_ids.shape[0] == 2
+        return torch.cat([input_ids, torch.tensor([texts[0] + [stop, 1], texts[1]])], 1)
+    monkeypatch.setattr(model, "generate", fake)
+    assert generate.sample(model, tokenizer, CHATS[:2], 0, GREEDY) == [("ab", True, 3), ("abcd", False, 4)]
+
+
+def test_responses_stand_under_the_right_prompts(toy_base, toy_data):
+    """Each role's response is the one that its own prompt and the batch's seed give, whatever the other roles."""
+    records = generate.read_jsonl(toy_data / "responses.jsonl")
+    model, tokenizer = generate.load_sampler(toy_base)
+    s = generate.resolve(toy_base, "responses", {"temperature": 0.0})
+    for role, column in sso.COLUMNS.items():
+        out = toy_data / f"greedy_{role}.jsonl"
+        generate.responses(toy_base, toy_data / "principles.jsonl", out, roles=(role,), temperature=0.0)
+        greedy = generate.read_jsonl(out)
+        again = generate.sample(model, tokenizer, [sso.role_messages(role, r, toy.PROMPTS) for r in greedy], 0, s)
+        assert [r[column][-1]["content"] for r in greedy] == [text for text, *_ in again]
+    assert list(records[0]) == ["id", "prompt", "good_principle", "bad_principle", "fallback", "chosen", "chosen_finished",
+                                "rejected", "rejected_finished", "original", "original_finished"]
+    assert [r["id"] for r in records] == sorted(r["id"] for r in records)
+
+
+def test_an_interrupted_file_continued_has_the_same_bytes(toy_base, toy_data, tmp_path):
+    whole = (toy_data / "responses.jsonl").read_bytes()
+    out, calls = tmp_path / "responses.jsonl", []
+    real = generate.sample
+    def interrupted(*args):                            # Ctrl-C in the middle of the second batch
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args)
+    generate.sample = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            generate.responses(toy_base, toy_data / "principles.jsonl", out, batch_size=16)
+    finally:
+        generate.sample = real
+    partial = tmp_path / "responses.jsonl.partial"
+    lines = partial.read_text().split("\n")
+    assert not out.exists() and len(lines) == 17
+    partial.write_text("\n".join(lines[:16]) + "\n" + lines[0][:40])     # as if killed within a line, too
+    generate.responses(toy_base, toy_data / "principles.jsonl", out, batch_size=16)
+    assert out.read_bytes() == whole and not partial.exists()
+
+
+def test_a_killed_command_continued_has_the_same_bytes(toy_base, tmp_path):
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(6)[0][:400]])
+    words = [sys.executable, "generate.py", "principles", "--model", toy_base, "--queries", queries, "--batch-size", "4", "--out"]
+    process = subprocess.Popen([*words, tmp_path / "a.jsonl"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    partial = tmp_path / "a.jsonl.partial"
+    while not (partial.exists() and partial.stat().st_size > 2000):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1].endswith("interrupted; the same command continues where it stopped\n")
+    assert process.returncode and partial.stat().st_size and not (tmp_path / "a.jsonl").exists()
+    for name in "ab":
+        command(*words[1:], tmp_path / f"{name}.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_pairs_that_teach_nothing_are_dropped_and_counted(toy_base, toy_data, tmp_path, monkeypatch, capsys):
+    """Of every three queries one gets equal responses, one an empty rejected one."""
+    answers = iter(range(10_000))
+    def fake(model, tokenizer, prompts, seed, settings):
+        good = seed % 3 == 0                           # the seeds of a batch's roles are consecutive
+        return [((["same", "yes", "yes"] if good else [" same", "  ", "no"])[i % 3], True, 1) for i in range(len(prompts))]
+    monkeypatch.setattr(generate, "sample", fake)
+    out = tmp_path / "pairs.jsonl"
+    generate.responses(toy_base, toy_data / "principles.jsonl", out, roles=("good", "bad"), batch_size=48)
+    assert len(generate.read_jsonl(out)) == 16
+    assert generate.dropped(out) == {"chosen equals rejected": 16, "empty response": 16}
+    assert "'chosen equals rejected': 16" in capsys.readouterr().out
+
+
+def test_a_query_without_guidelines_gets_the_fixed_pair_and_is_counted(qwen3, tmp_path, capsys):
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Hi"}, {"prompt": [{"role": "user", "content": "Why?"}]}])
+    generate.principles(qwen3, queries, tmp_path / "p.jsonl", max_new_tokens=4)
+    records = generate.read_jsonl(tmp_path / "p.jsonl")
+    assert {r["good_principle"] for r in records} == {sso.PROMPTS["fallback_good"]}
+    assert {r["bad_principle"] for r in records} == {sso.PROMPTS["fallback_bad"]} and all(r["fallback"] for r in records)
+    assert "2 queries; 2 got the fixed pair" in capsys.readouterr().out
+
+
+def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
+    texts = ["a\u2028b\x85c\r\nd", "zwei\nZeilen"]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps({"prompt": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8", newline="")
+    assert [r["prompt"][0]["content"] for r in generate.read_jsonl(path)] == texts
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, message", [
+    (None, "no such file"), ("", "an empty file"), ('{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
+    ('{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not JSON"), ('{"query": "a"}', "line 1: a record without a 'prompt'"),
+    ('"a"', "line 1: a record without a 'prompt'"), ('{"prompt": "  "}', "line 1: 'prompt' is neither"),
+    ('{"prompt": [{"role": "user"}]}', "line 1: 'prompt' is neither a text nor a list of messages"),
+    ('{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}', "line 1: a query is one user message"),
+])
+def test_bad_query_files(toy_base, tmp_path, text, message):
+    path = tmp_path / "q.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(sso.UserError, match=message) as error:
+        generate.principles(toy_base, path, tmp_path / "out.jsonl")
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
+
+
+def test_bad_models(tmp_path, qwen3):
+    (tmp_path / "empty").mkdir()
+    no_template = make_checkpoint(tmp_path / "base", "qwen3")
+    (no_template / "chat_template.jinja").unlink()
+    no_system = make_checkpoint(tmp_path / "gemma-like", "qwen3")
+    (no_system / "chat_template.jinja").write_text("{% for m in messages %}{{ raise_exception('no') if m.role == 'system' }}{% endfor %}")
+    silent = make_checkpoint(tmp_path / "silent", "qwen3")
+    (silent / "chat_template.jinja").write_text("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    for model, message in ((tmp_path / "none", "no such folder.*offline"), ("nobody/no-such-model", "hub.*hf download"),
+                           (tmp_path / "empty", "not a checkpoint folder"), (no_template, "has no chat template"),
+                           (no_system, "has no system message"), (silent, "has no system message")):
+        with pytest.raises(sso.UserError, match=message) as error:
+            generate.load_model(model)
+        assert str(model) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_prompt_longer_than_the_context(tmp_path):
+    model = make_checkpoint(tmp_path / "short", "qwen3", context=300)
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "why " * 100 + "on earth"}])
+    with pytest.raises(sso.UserError, match="context of 300.*on earth"):
+        generate.principles(model, queries, tmp_path / "out.jsonl")
+
+
+def test_other_settings_are_refused_by_name_and_nothing_is_overwritten(toy_base, toy_data, capsys):
+    out = toy_data / "principles.jsonl"
+    before = out.read_bytes()
+    with pytest.raises(sso.UserError, match="temperature = 0.7, not 0.9"):
+        generate.principles(toy_base, toy_data / "queries.jsonl", out, batch_size=16, temperature=0.9)
+    other = write_jsonl(toy_data / "others.jsonl", [{"prompt": toy.make_queries(9)[0][0]}])
+    with pytest.raises(sso.UserError, match="queries = 'queries.jsonl', not 'others.jsonl'"):
+        generate.principles(toy_base, other, out, batch_size=16)
+    generate.principles(toy_base, toy_data / "queries.jsonl", out, batch_size=16)
+    assert out.read_bytes() == before and "complete" in capsys.readouterr().out
+    mine = toy_data / "mine.jsonl"
+    mine.write_text("precious")
+    with pytest.raises(sso.UserError, match="was not made by this command"):
+        generate.principles(toy_base, toy_data / "queries.jsonl", mine)
+    assert mine.read_text() == "precious"
+
+
+def test_a_command_ends_in_one_line_and_a_code(tmp_path, monkeypatch):
+    done = command("generate.py", "principles", "--model", tmp_path, "--queries", tmp_path / "none.jsonl", "--out", tmp_path / "o",
+                   check=False)
+    assert done.returncode and done.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file\n"
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(SystemExit, match="No space left on device; what was finished is kept"):
+        generate.run(full)

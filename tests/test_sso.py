@@ -1,0 +1,179 @@
+"""The paper's functions against independent computations: loops, F.cross_entropy, autograd, scalars."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import generate
+import sso
+
+RECORD = {"prompt": [{"role": "user", "content": "Name a fruit."}], "good_principle": "be exact", "bad_principle": "be vague",
+          "chosen": [{"role": "assistant", "content": "A plum."}], "chosen_finished": True,
+          "rejected": [{"role": "assistant", "content": "Something that grows, I think, on a tr"}], "rejected_finished": False,
+          "original": [{"role": "assistant", "content": "Fruit: fig"}], "original_finished": True}
+
+
+def encoded(tokenizer, end_id, objective="sso", max_length=4096):
+    return sso.encode_pairs(tokenizer, end_id, sso.preference_pairs(RECORD, objective), max_length)
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return generate.load_model(checkpoint)
+
+
+def naive_logp(model, prompt, response):
+    """log π(y|x) by a Python loop over one unpadded sequence: the model's own logits, a softmax a token."""
+    logits = model(torch.tensor([prompt + response])).logits[0].double()
+    return sum(torch.log(torch.softmax(logits[len(prompt) + i - 1], -1)[token]) for i, token in enumerate(response))
+
+
+def test_gathering_equals_loop_and_cross_entropy_in_value_and_gradient(loaded):
+    model, tokenizer, end_id = loaded
+    rows = [(prompt, response) for prompt, *both in encoded(tokenizer, end_id) for response in both]
+    input_ids, mask = sso.right_pad(rows, tokenizer.pad_token_id)
+    before = input_ids.clone(), mask.clone()
+    weights = torch.arange(1., len(rows) + 1)                # so that a swap of rows would show
+    gradients = []
+    sums, counts = sso.response_logps(model, input_ids, mask)
+    assert (counts.tolist() == [len(response) for _, response in rows]) and sums.dtype == torch.float32
+    loop = torch.stack([naive_logp(model, *row) for row in rows])
+    logits = model(input_ids).logits[:, :-1]
+    entropy = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none") * mask[:, 1:]
+    for logps in (sums, loop, -entropy.sum(1)):
+        torch.testing.assert_close(logps.float(), sums, rtol=1e-5, atol=1e-4)
+        gradients.append(torch.autograd.grad((weights * logps).sum(), list(model.parameters())))
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert torch.equal(before[0], input_ids) and torch.equal(before[1], mask)
+
+
+def test_padding_and_company_do_not_change_a_logp(loaded):
+    model, tokenizer, end_id = loaded
+    rows = [(prompt, response) for prompt, *both in encoded(tokenizer, end_id) for response in both]
+    together, _ = sso.response_logps(model, *sso.right_pad(rows + [(rows[0][0] * 5, rows[0][1])], tokenizer.pad_token_id))
+    for i, row in enumerate(rows):
+        alone, _ = sso.response_logps(model, *sso.right_pad([row], tokenizer.pad_token_id))
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-5, atol=1e-4)
+
+
+def test_the_vocabulary_is_reached_by_response_tokens_only(loaded):
+    model, tokenizer, end_id = loaded
+    seen = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:-1].numel()))
+    _, tokens = sso.pair_logps(model, [encoded(tokenizer, end_id)] * 2, tokenizer.pad_token_id)
+    hook.remove()
+    assert seen == [tokens.sum().item()]
+
+
+def test_what_is_supervised_is_the_response_and_one_end_of_turn_token(loaded):
+    model, tokenizer, end_id = loaded
+    end = tokenizer.decode([end_id])
+    assert end in ("<|im_end|>", "<|eot_id|>")
+    prompt, winner, loser = encoded(tokenizer, end_id)[0]
+    input_ids, mask = sso.right_pad([(prompt, winner), (prompt, loser)], tokenizer.pad_token_id)
+    supervised = [tokenizer.decode(ids[m]) for ids, m in zip(input_ids, mask)]
+    assert supervised == ["A plum." + end, "Something that grows, I think, on a tr"]
+    assert tokenizer.decode(prompt).endswith({"qwen2": "<|im_start|>assistant\n", "qwen3": "</think>\n\n",
+                                              "llama": "assistant<|end_header_id|>\n\n"}[model.config.model_type])
+    # A text of another tool that carries the token already gets no second one; a response cut to fit has none.
+    assert sso.encode_response(tokenizer, end_id, "A plum." + end, True) == winner
+    cut = encoded(tokenizer, end_id, max_length=len(prompt) + 3)[0][1]
+    assert tokenizer.decode(cut) == "A p"
+
+
+def test_the_end_of_turn_is_the_templates_not_the_end_of_text():
+    from conftest import make_tokenizer
+    tokenizer = make_tokenizer("llama")
+    tokenizer.eos_token = "<|end_of_text|>"                          # as in Llama 3's first release
+    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
+    assert sso.end_of_turn_id(tokenizer, stops) == stops[1]
+
+
+def test_each_term_has_the_prompt_winner_and_loser_of_the_paper():
+    good, bad = ([{"role": "system", "content": sso.PROMPTS[role].format(principle=principle)}] + RECORD["prompt"]
+                 for role, principle in (("good", "be exact"), ("bad", "be vague")))
+    y_plus, y_minus = ("A plum.", True), ("Something that grows, I think, on a tr", False)
+    y_original = ("Fruit: fig", True)
+    assert sso.preference_pairs(RECORD, "sso") == [(good, y_plus, y_minus), (bad, y_original, y_plus)]   # Eq. 2, Eq. 4
+    assert sso.preference_pairs(RECORD, "policy") == [(RECORD["prompt"], y_plus, y_minus)]
+    assert "good response" in good[0]["content"] and "bad response" in bad[0]["content"]
+
+
+def test_dpo_and_sft_by_hand():
+    # winner: log-prob -3 against -4 of the reference; loser: -6 against -5. Margin 0.5·(1 + 1) = 1.
+    policy_chosen = torch.tensor([-3.0], requires_grad=True)
+    losses, chosen, rejected = sso.dpo_loss(policy_chosen, torch.tensor([-6.0]), torch.tensor([-4.0]),
+                                            torch.tensor([-5.0]), beta=0.5)
+    assert losses.item() == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-6)
+    assert (chosen.item(), rejected.item()) == (0.5, -0.5) and not chosen.requires_grad
+    losses.sum().backward()
+    assert policy_chosen.grad.item() == pytest.approx(-0.5 / (1 + math.exp(1)), rel=1e-6)
+    assert sso.sft_loss(torch.tensor([-6.0]), torch.tensor([4])).item() == 1.5
+
+
+def test_sso_loss_is_eq_1_2_4_by_hand_in_value_and_gradient(loaded):
+    model, tokenizer, end_id = loaded
+    beta, gamma = 0.3, 0.7
+    examples = [encoded(tokenizer, end_id)]
+    (x_plus, y_plus, y_minus), (x_minus, y_original, _) = examples[0]
+    ref = torch.linspace(-100, -90, 4).view(2, 2, 1)         # any reference: winners of L+ and L-, then losers
+    logps, tokens = sso.pair_logps(model, examples, tokenizer.pad_token_id)
+    losses, parts = sso.sso_loss(logps, ref, tokens, beta, gamma)
+
+    def term(x, winner, loser, ref_winner, ref_loser):       # L_base(x, w, l) + γ L_sft(x, w)
+        w, l = naive_logp(model, x, winner), naive_logp(model, x, loser)
+        return -torch.log(torch.sigmoid(beta * (w - ref_winner) - beta * (l - ref_loser))) - gamma * w / len(winner)
+    plus = term(x_plus, y_plus, y_minus, ref[0, 0, 0].double(), ref[1, 0, 0].double())             # Eq. 2
+    minus = term(x_minus, y_original, y_plus, ref[0, 1, 0].double(), ref[1, 1, 0].double())        # Eq. 4
+    assert losses.item() == pytest.approx((plus + minus).item(), rel=1e-4)                         # Eq. 1
+    assert parts["loss"][:, 0].tolist() == pytest.approx([plus.item(), minus.item()], rel=1e-4)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(losses.sum(), parameters), torch.autograd.grad(plus + minus, parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_step_zero_is_ln_2_a_pair(loaded):
+    model, tokenizer, end_id = loaded
+    logps, tokens = sso.pair_logps(model, [encoded(tokenizer, end_id)] * 3, tokenizer.pad_token_id)
+    _, parts = sso.sso_loss(logps, logps.detach(), tokens, 0.1, 0.1)
+    assert parts["base"].shape == (2, 3) and torch.allclose(parts["base"], torch.tensor(math.log(2)))
+
+
+def test_pair_logps_puts_each_pair_where_it_belongs(loaded):
+    model, tokenizer, end_id = loaded
+    one, other = encoded(tokenizer, end_id), [pair[::2] + pair[1:2] for pair in encoded(tokenizer, end_id)]  # swapped
+    logps, tokens = sso.pair_logps(model, [one, other], tokenizer.pad_token_id)
+    for r, (prompt, winner, loser) in enumerate(one):
+        assert tokens[:, r].tolist() == [[len(winner), len(loser)], [len(loser), len(winner)]]
+        torch.testing.assert_close(logps[0, r, 0], naive_logp(model, prompt, winner).float(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(logps[:, r, 0].flip(0), logps[:, r, 1], rtol=1e-5, atol=1e-4)
+
+
+def test_micro_batches_hold_every_example_once_within_the_budget():
+    examples = [[([1] * n, [2] * (n % 7 + 1), [3] * (n % 5 + 1))] * 2 for n in (40, 3, 9, 27, 3, 14, 90, 8)]
+    groups = sso.micro_batches(examples, budget=200)
+    assert sorted(i for group in groups for i in group) == list(range(8)) and len(groups) > 2
+    for group in groups:
+        width = max(len(p) + max(len(w), len(l)) for i in group for p, w, l in examples[i])
+        assert len(group) == 1 or 2 * 2 * len(group) * width <= 200
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("Be vague.\n### Good Guideline\nBe exact.", ("Be vague.", "Be exact.")),
+    ("### Bad Guideline\nBe vague.\n\n### Good Guideline:\nBe exact.\n\n### Query\nNext", ("Be vague.", "Be exact.")),
+    ("**Bad Guideline:** Be vague.\n### good guideline Be\nexact.", ("Be vague.", "Be exact.")),
+    ("Be vague.", ("", "")), ("### Good Guideline\nBe exact.", ("", "")), ("Be vague.\n### Good Guideline\n", ("", "")), ("", ("", "")),
+])
+def test_guidelines_are_parsed_or_refused_as_a_pair(answer, expected):
+    assert sso.parse_guidelines(answer) == expected
+
+
+def test_the_guideline_prompt_asks_for_the_bad_one_first_and_shows_three_examples():
+    text = sso.guideline_messages("Why {is} the sky blue?")[0]["content"]
+    assert text.endswith("### Query\nWhy {is} the sky blue?\n### Bad Guideline")
+    headings = [line for line in text.split("\n") if line.startswith("###")]
+    assert headings == ["### Query", "### Bad Guideline", "### Good Guideline"] * 3 + ["### Query", "### Bad Guideline"]

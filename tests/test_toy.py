@@ -1,0 +1,69 @@
+"""The toy world: its grader, its tokenizer, its queries."""
+
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+import sso
+import toy
+
+SORT, REVERSE = "sort these words : plum fox axe red", "say backwards : plum fox axe red"
+NAME, FILTER = "name three tools except : axe saw file", "keep only the fruits : plum fox fig red"
+
+
+@pytest.mark.parametrize("query, response, quality", [
+    (SORT, "axe fox plum red .", 1), (SORT, "fox axe plum red .", 0.5), (SORT, "plum fox axe red .", 0.5),
+    (SORT, "axe fox plum red", 0.9), (SORT, "axe fox plum red red .", 0.8), (SORT, ".", 0), (SORT, "", 0),
+    (SORT, "arr matey axe fox plum red arr .", 1),                                     # three extra words are free
+    (SORT, "axe fox plum red and i hope that this is .", 4 / (4 + 0.5 * 3)),           # six are not
+    (SORT, "sorry but i can not help with that .", 0),
+    (REVERSE, "red axe fox plum .", 1), (REVERSE, "plum fox axe red .", 0),
+    (NAME, "rake drill wrench .", 1), (NAME, "axe saw file .", 0), (NAME, "rake rake rake .", 1 / 3),
+    (NAME, "rake drill wrench hammer .", 1), (NAME, "rake drill wrench fox .", 3 / 4),
+    (FILTER, "plum fig .", 1), (FILTER, "fig plum .", 1), (FILTER, "plum .", 0.5), (FILTER, "plum fig fox .", 2 / 3),
+    (FILTER, "plum plum fig .", 2 / 3), (FILTER, "plum fox fig red .", 0.5),
+])
+def test_grade(query, response, quality):
+    assert toy.grade(query, response) == pytest.approx(quality)
+
+
+def test_an_unfinished_answer_loses_a_tenth():
+    assert toy.grade(SORT, "axe fox plum red .", finished=False) == pytest.approx(0.9)
+
+
+def test_solutions_are_right_and_every_other_mode_is_worse_except_in_style():
+    rng = random.Random(0)
+    queries = [toy.make_query(rng) for _ in range(400)]
+    mean = {mode: sum(toy.grade(q, toy.answer(q, rng, mode)) for q in queries) / 400 for mode in toy.ANSWERS}
+    assert mean["good"] == 1 and mean["pirate"] == 1 and mean["drama"] == pytest.approx(0.9)
+    assert 0.4 < mean["slip"] < 0.7 and 0.1 < mean["lazy"] < 0.4 and 0.4 < mean["ramble"] < 0.7
+    assert max(mean["chatter"], mean["refuse"]) == 0 and mean["loop"] < 0.2
+
+
+def test_the_checkpoint_is_ordinary_and_its_template_gives_what_it_was_trained_on(toy_base):
+    tokenizer, rng = AutoTokenizer.from_pretrained(toy_base), random.Random(1)
+    assert not (toy_base / "model.safetensors").stat().st_size > 600_000
+    for _ in range(200):
+        system, user, assistant = toy.make_chat(rng, toy.WORLDS["default"])
+        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user}]
+        prompt, response = toy.encode_chat(tokenizer.get_vocab(), system, user, assistant)
+        assert prompt == sso.encode_prompt(tokenizer, messages)
+        assert response == sso.encode_response(tokenizer, tokenizer.convert_tokens_to_ids("<|im_end|>"), assistant, True)
+        assert tokenizer.decode(response, skip_special_tokens=True) == assistant and tokenizer.unk_token_id not in prompt
+
+
+def test_the_model_is_taught_what_parse_guidelines_reads():
+    rng = random.Random(2)
+    asked = [chat for chat in (toy.make_chat(rng, toy.WORLDS["on-policy"]) for _ in range(300)) if "###" in chat[1]]
+    for _, user, assistant in asked:
+        query = user.removeprefix("### query ").removesuffix(" ### bad guideline")
+        bad, good = sso.parse_guidelines(assistant)
+        assert sso.guideline_messages(query, toy.PROMPTS)[0]["content"] == user
+        assert bad.startswith("copy the query") and good in {toy.principle(query, rng, "good") for _ in range(100)}
+    assert len(asked) > 10
+
+
+def test_no_held_out_query_is_trained_on():
+    queries, heldout = toy.make_queries(0)
+    assert len(set(queries) | set(heldout)) == toy.QUERIES + toy.HELDOUT
