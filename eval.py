@@ -38,14 +38,13 @@ def win(a, b):
 @torch.no_grad()
 def data(path, policy):
     """Measures of a preference file: number of pairs, accuracy, on-policy probability of chosen, rejected and both
-    under `policy`, and mean lengths in tokens. Pairs that were dropped as equal count as ties."""
-    model, tokenizer, end_id = generate.load_model(policy)
-    s = generate.resolve(policy, "policy", {})
-    records, examples = generate.read_pairs(path, "policy", policy, tokenizer, end_id, s["max_length"])
+    under `policy`, mean lengths in tokens. Pairs that were dropped as equal or empty count as ties."""
+    chat, s = generate.load_chat(policy), generate.resolve(policy, "policy", {})
+    records, examples = generate.read_pairs(path, "policy", chat, s["max_length"])
     probs, lengths = torch.zeros(2, len(examples)), torch.zeros(2, len(examples))      # chosen, rejected
     for group in tqdm(sso.micro_batches(examples, s["micro_batch_tokens"]), desc=f"scoring {path}", leave=False):
         with generate.autocast():
-            logps, tokens = sso.pair_logps(model, [examples[i] for i in group], tokenizer.pad_token_id)  # (2, 1, b)
+            logps, tokens = sso.pair_logps(chat.model, [examples[i] for i in group], chat.pad_id)   # (2, 1, b)
         probs[:, group] = (logps / tokens).exp()[:, 0].cpu()
         lengths[:, group] = tokens[:, 0].float().cpu()
     measures = {"pairs": len(records), "accuracy": "no judge"}
@@ -148,9 +147,7 @@ def main():
     command.add_argument("models", nargs="+", metavar="M", help="checkpoint folder or Hugging Face id; the first is compared with")
     command.add_argument("--queries", required=True, metavar="FILE", help="held-out queries (JSONL)")
     command.add_argument("--out", metavar="DIR", help="keep the answers here, and continue from them")
-    for key, default in sso.SETTINGS["responses"].items():
-        command.add_argument(f"--{key.replace('_', '-')}", type=type(default),
-                             help=f"default {default}, toy {toy.SETTINGS['responses'][key]}")
+    generate.add_settings(command, "responses")
     command = commands.add_parser("report", help="print the table of one run or of several together")
     command.add_argument("runs", nargs="+", metavar="DIR", help="folder of a run of train.py")
     args = vars(parser.parse_args())

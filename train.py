@@ -8,17 +8,16 @@
 Both stages are the one loop in `train`: they differ in the rows of the pair table. `policy` takes any standard
 preference file. A folder with a config.json is complete; any other is continued by the same command.
 
-Simpler than the paper and its released code: one device, no packing, no LoRA, no evaluation during training.
+Simpler than the paper's set-up: one device, full fine-tuning, no packing, no evaluation during training.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import random
 import shutil
-import signal
+import sys
 import time
 from pathlib import Path
 
@@ -55,24 +54,31 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - first) / (steps - first)))
 
 
+def make_optimizer(model, s):
+    """AdamW; weight decay on matrices only, not on norms and biases."""
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": s["weight_decay"]},
+              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=s["lr"], fused=True)
+
+
 @torch.no_grad()
-def reference_logps(model, examples, pad_id, budget):
+def reference_logps(chat, examples, budget):
     """log π_ref of every example's pairs, scored once: (2, R, examples). No reference model is kept."""
     logps = torch.zeros(2, len(examples[0]), len(examples), device=device)
     for group in tqdm(sso.micro_batches(examples, budget), desc="reference", leave=False):
         with generate.autocast():
-            logps[:, :, group] = sso.pair_logps(model, [examples[i] for i in group], pad_id)[0]
+            logps[:, :, group] = sso.pair_logps(chat.model, [examples[i] for i in group], chat.pad_id)[0]
     return logps
 
 
-def accumulate_gradient(policy, batch, ref_logps, s, pad_id):
+def accumulate_gradient(chat, batch, ref_logps, s):
     """Forward and backward of B examples, whose ref_logps are (2, R, B), in micro-batches. The loss is the mean over
     the batch, so the split changes nothing. Returns the parts of the loss and the tokens, each (R, B)."""
     parts = []
-    for group in sso.micro_batches(batch, s["micro_batch_tokens"]):                                     # b of the B
+    for group in sso.micro_batches(batch, s["micro_batch_tokens"]):                                 # b of the B
         with generate.autocast():
-            logps, tokens = sso.pair_logps(policy, [batch[i] for i in group], pad_id)                   # (2, R, b)
-        losses, part = sso.sso_loss(logps, ref_logps[:, :, group], tokens, s["beta"], s["gamma"])       # (b,)
+            logps, tokens = sso.pair_logps(chat.model, [batch[i] for i in group], chat.pad_id)      # (2, R, b)
+        losses, part = sso.sso_loss(logps, ref_logps[:, :, group], tokens, s["beta"], s["gamma"])   # (b,)
         (losses.sum() / len(batch)).backward()
         parts.append(part | {"tokens": tokens.sum(0)})
     return {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
@@ -80,7 +86,7 @@ def accumulate_gradient(policy, batch, ref_logps, s, pad_id):
 
 def metrics(terms, parts):
     """The loss, and means over the batch of its parts: "name" over all terms, "name term" for each of several."""
-    margin = parts["chosen_rewards"] - parts["rejected_rewards"]                                        # (R, B)
+    margin = parts["chosen_rewards"] - parts["rejected_rewards"]                                    # (R, B)
     row = {}
     for name, values in (parts | {"margin": margin, "accuracy": margin > 0}).items():
         values = values.float()
@@ -89,33 +95,27 @@ def metrics(terms, parts):
     return row | {"loss": parts["loss"].sum(0).mean().item()}       # the terms add up: Eq. 1
 
 
-def make_optimizer(model, s):
-    """AdamW; weight decay on matrices only, not on norms and biases."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": s["weight_decay"]},
-                              {"params": vectors, "weight_decay": 0.0}], lr=s["lr"], fused=True)
+def check_finite(row, model, out):
+    """Stop before an update that would spoil the weights."""
+    if not math.isfinite(row["loss"] + row["grad_norm"]):
+        kept = out / "checkpoint.pt" if (out / "checkpoint.pt").exists() else f"{model}, where it started"
+        raise UserError(f"{out}: the loss became {row['loss']} (gradient norm {row['grad_norm']}) at step {row['step']}; "
+                        f"the last good state is {kept}. Try a lower --lr")
 
 
-@contextlib.contextmanager
-def deferred_interrupt():
-    """A list that Ctrl-C fills, instead of breaking off in the middle of an update."""
-    interrupted = []
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
+# ---- What is kept on disk ------------------------------------------------------------------------
 
 def save_checkpoint(out, step, model, optimizer):
-    """What continuing at `step` needs. The order of the data and the reference come from the settings."""
-    torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, out / "checkpoint.tmp")
+    """What continuing at `step` needs. The order of the data and the reference follow from the settings."""
+    try:
+        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, out / "checkpoint.tmp")
+    except RuntimeError as error:        # torch's way of saying that the disk is full
+        raise OSError(f"{out / 'checkpoint.tmp'} cannot be written ({error})") from None
     os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 
 
 def load_checkpoint(out, model, optimizer):
-    """The step to start at: that of the checkpoint, with its state loaded, or 0. Later lines of the log go."""
+    """The step to start at: that of the checkpoint, whose state is loaded, or 0. Later lines of the log are cut."""
     step, log = 0, out / "log.jsonl"
     if (out / "checkpoint.pt").exists():
         checkpoint = torch.load(out / "checkpoint.pt", map_location=device)
@@ -127,145 +127,151 @@ def load_checkpoint(out, model, optimizer):
     return step
 
 
-def save(model, tokenizer, out):
+def save_model(chat, out):
     """Save a `from_pretrained` folder. config.json comes last: it proves the folder complete."""
     staging = out / "saving"
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
+    chat.model.save_pretrained(staging)
+    chat.tokenizer.save_pretrained(staging)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, out / file.name)
     staging.rmdir()
     (out / "checkpoint.pt").unlink(missing_ok=True)
 
 
+def check_disk(out, model):
+    """Refuse to start without room for the model and a checkpoint, which holds it three times (AdamW's moments)."""
+    needed, free = 4 * sum(p.nbytes for p in model.parameters()), shutil.disk_usage(out).free
+    if free < needed:
+        raise UserError(f"{out}: no disk space: {needed / 1e9:.2g} GB are needed, {free / 1e9:.2g} GB are free")
+
+
 # ---- The loop ------------------------------------------------------------------------------------
+
+def prepare(stage, model, data, out, s):
+    """Load and check everything before anything is written: (chat model, examples), or None if `out` is complete."""
+    generate.read_jsonl(data)
+    if not (note := generate.claim(out, s, {"model": model, "data": data}, proof="config.json")):
+        return print(f"{out}: complete")
+    chat = generate.load_chat(model)
+    examples = generate.read_pairs(data, OBJECTIVES[stage], chat, s["max_length"])[1][:s["examples"]]
+    generate.write_text(*note)
+    check_disk(out, chat.model)
+    for term, pair in zip(sso.PAIRS[OBJECTIVES[stage]], examples[0]):       # what is trained on, end of turn and all
+        prompt, winner, loser = (chat.tokenizer.decode(ids) for ids in pair)
+        print(f"{term}: prompt {prompt!r} | winner {winner!r} | loser {loser!r}")
+    return chat, examples
+
 
 def train(stage, model, data, out, **given):
     """Train `model` on the pairs that the stage makes of `data`: L_SSO for the generator, L_base for the policy."""
     s, out, terms = generate.resolve(model, stage, given), Path(out), sso.PAIRS[OBJECTIVES[stage]]
-    made_of = {"model": model, "data": data}
-    generate.read_jsonl(data)
-    if generate.claim(out, s, made_of, proof="config.json", write=False):
-        return print(f"{out}: complete")
-    policy, tokenizer, end_id = generate.load_model(model)      # in eval mode, so without dropout
-    _, examples = generate.read_pairs(data, OBJECTIVES[stage], model, tokenizer, end_id, s["max_length"])
-    examples, pad_id = examples[:s["examples"]], tokenizer.pad_token_id
-    generate.claim(out, s, made_of, proof="config.json")        # only now, when the data has proved good
-    for term, (prompt, winner, loser) in zip(terms, examples[0]):
-        print(f"{term}: " + " | ".join(f"{name} {tokenizer.decode(ids)!r}" for name, ids in (
-            ("prompt", prompt), ("winner", winner), ("loser", loser))))
-    ref_logps = reference_logps(policy, examples, pad_id, s["micro_batch_tokens"])      # (2, R, examples)
-    optimizer = make_optimizer(policy, s)
+    if not (prepared := prepare(stage, model, data, out, s)):
+        return
+    chat, examples = prepared
+    ref_logps = reference_logps(chat, examples, s["micro_batch_tokens"])        # (2, R, examples)
+    optimizer = make_optimizer(chat.model, s)
     schedule = batches(len(examples), s["batch_size"], s["epochs"], s["seed"])
-    start = load_checkpoint(out, policy, optimizer)
-    saved = time.time()
-    bar = tqdm(range(start, len(schedule)), initial=start, total=len(schedule), desc=str(out), unit="step")
-    with (out / "log.jsonl").open("a", buffering=1) as log, deferred_interrupt() as interrupted:
+    done, saved = load_checkpoint(out, chat.model, optimizer), time.time()      # done: steps, None in mid-update
+    bar = tqdm(range(done, len(schedule)), initial=done, total=len(schedule), desc=str(out), unit="step")
+    try:
         for step in bar:
             began, batch = time.time(), schedule[step]
             optimizer.zero_grad()
-            parts = accumulate_gradient(policy, [examples[i] for i in batch], ref_logps[:, :, batch], s, pad_id)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), s["clip"]).item()
+            parts = accumulate_gradient(chat, [examples[i] for i in batch], ref_logps[:, :, batch], s)
+            grad_norm = torch.nn.utils.clip_grad_norm_(chat.model.parameters(), s["clip"]).item()
             row = {"step": step, **metrics(terms, parts), "grad_norm": grad_norm}
-            if not math.isfinite(row["loss"] + grad_norm):
-                kept = out / "checkpoint.pt" if (out / "checkpoint.pt").exists() else f"{model}, where it started"
-                raise UserError(f"{out}: the loss became {row['loss']} (gradient norm {grad_norm}) at step {step}; "
-                                f"the last good state is {kept}. Try a lower --lr")
             if step == 0:    # the policy is the reference yet: DPO's loss is ln 2 for every pair of any data
                 tqdm.write(f"{out}: {len(examples)} examples, {len(schedule)} steps; "
                            f"L_base at step zero: {row['base']:.4f} a pair (ln 2 = {math.log(2):.4f})")
-            if interrupted or time.time() - saved > SAVE_SECONDS:    # here the loss has proved the weights good
-                save_checkpoint(out, step, policy, optimizer)
+            check_finite(row, model, out)
+            if time.time() - saved > SAVE_SECONDS:      # only now, when the loss has proved the weights good
+                save_checkpoint(out, step, chat.model, optimizer)
                 saved = time.time()
-            if interrupted:
-                raise KeyboardInterrupt
             row["lr"] = learning_rate(step, len(schedule), s["lr"], s["warmup"])
             for group in optimizer.param_groups:
                 group["lr"] = row["lr"]
+            done = None
             optimizer.step()
             row["tokens_per_second"] = parts["tokens"].sum().item() / (time.time() - began)
-            log.write(json.dumps(row) + "\n")
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            done = step + 1
             bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "margin", "accuracy")}, refresh=False)
-    save(policy, tokenizer, out)
+    except KeyboardInterrupt:
+        if done is not None:
+            save_checkpoint(out, done, chat.model, optimizer)
+        raise
+    save_model(chat, out)
 
 
 # ---- All four steps ------------------------------------------------------------------------------
 
+def split(path, seed):
+    """(queries, held-out queries): a tenth of the records is held out for the report, 200 at most."""
+    prompts = [record["prompt"] for record in generate.read_jsonl(path)]
+    if len(prompts) < 2:
+        raise UserError(f"{path}: at least two queries are needed, since one is held out for the report")
+    random.Random(seed).shuffle(prompts)
+    held = min(200, math.ceil(len(prompts) / 10))
+    return prompts[held:], prompts[:held]
+
+
 def pipeline(model, queries, out, seed, toy_world, given):
     """The whole paper in one folder, each step from the files of the one before; complete steps are skipped."""
     out, base = Path(out), model or Path(out, "base")
-    settings = given | {"seed": seed} | ({} if model else {"toy_world": toy_world})
-    records = generate.read_jsonl(queries) if model else None
-    if not generate.claim(out, settings, {"model": model, "queries": queries} if model else {}, proof="report.json"):
-        write_queries(out, *(split(records, seed) if model else toy.make_queries(seed)))
+    parts = split(queries, seed) if model else toy.make_queries(seed)
+    settings = {"seed": seed} | given | ({} if model else {"toy_world": toy_world})
+    made_of = {"model": model, "queries": queries} if model else {}
+    if note := generate.claim(out, settings, made_of, proof="report.json"):
+        if model:
+            generate.load_tokenizer(model)      # refuse a model of no use before anything is written
+        generate.write_text(*note)
+        for name, prompts in zip(("queries", "heldout"), parts):
+            if not (out / f"{name}.jsonl").exists():
+                generate.write_text(out / f"{name}.jsonl", generate.as_lines({"prompt": prompt} for prompt in prompts))
         if not model and not base.exists():
             toy.build(base, seed, toy_world)
-        stage = {name: {"seed": seed} | {key.split(".")[1]: value for key, value in given.items()
-                                         if key.startswith(f"{name}.")} for name in sso.SETTINGS}
+        of = {stage: {"seed": seed} | {key.split(".")[1]: value for key, value in given.items()
+                                       if key.startswith(f"{stage}.")} for stage in sso.SETTINGS}
         # 1. Principles and 2. responses, by the policy.
-        generate.principles(base, out / "queries.jsonl", out / "principles.jsonl", **stage["principles"])
-        generate.responses(base, out / "principles.jsonl", out / "responses.jsonl", **stage["responses"])
+        generate.principles(base, out / "queries.jsonl", out / "principles.jsonl", **of["principles"])
+        generate.responses(base, out / "principles.jsonl", out / "responses.jsonl", **of["responses"])
         # 3. The data generator: L_SSO, Eq. 1.
-        train("generator", base, out / "responses.jsonl", out / "generator", **stage["generator"])
+        train("generator", base, out / "responses.jsonl", out / "generator", **of["generator"])
         # 4. Fresh pairs from the generator train the original policy: L_base(x, y+, y-).
         generate.responses(out / "generator", out / "principles.jsonl", out / "pairs.jsonl", ("good", "bad"),
-                           **stage["responses"])
-        train("policy", base, out / "pairs.jsonl", out / "policy", **stage["policy"])
-        # The baseline PBAA: no step 3, pairs straight from the policy.
-        train("policy", base, out / "responses.jsonl", out / "pbaa", **stage["policy"])
-        evaluation.write_report(out, base, stage["responses"])
+                           **of["responses"])
+        train("policy", base, out / "pairs.jsonl", out / "policy", **of["policy"])
+        # The baseline PBAA: no step 3, the policy's own pairs.
+        train("policy", base, out / "responses.jsonl", out / "pbaa", **of["policy"])
+        evaluation.write_report(out, base, of["responses"])
     evaluation.print_report([out])
-
-
-def split(records, seed):
-    """(queries, held-out queries): a tenth of the records is held out for the report, 200 at most."""
-    if len(records) < 2:
-        raise UserError("--queries: at least two are needed, since one is held out for the report")
-    records = random.Random(seed).sample(records, len(records))
-    held = min(200, max(1, len(records) // 10))
-    return [r["prompt"] for r in records[held:]], [r["prompt"] for r in records[:held]]
-
-
-def write_queries(out, queries, heldout):
-    for name, prompts in (("queries", queries), ("heldout", heldout)):
-        if not (out / f"{name}.jsonl").exists():
-            generate.write_text(out / f"{name}.jsonl",
-                                "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if stage := next((word for word in sys.argv[1:2] if word in OBJECTIVES), None):
+        parser.add_argument("stage", choices=OBJECTIVES)
+        parser.add_argument("--model", required=True, help="checkpoint folder or Hugging Face id to start from")
+        parser.add_argument("--data", required=True, metavar="FILE", help="JSONL file of responses or preference pairs")
+        parser.add_argument("--out", required=True, metavar="DIR", help="folder to save the trained model in")
+        generate.add_settings(parser, stage)
+        return train(**vars(parser.parse_args()))
     parser.add_argument("--model", help="checkpoint folder or Hugging Face id of a chat model (default: the toy world)")
     parser.add_argument("--queries", metavar="FILE", help="JSONL file with a 'prompt' a line; needed with --model")
     parser.add_argument("--out", default="runs/toy", metavar="DIR", help="folder of the run (default: runs/toy)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--toy-world", choices=toy.WORLDS, default="default",
-                        help="on-policy is the control: no bad principle asks for anything unusual")
-    for name, settings in sso.SETTINGS.items():
-        for key, default in settings.items():
-            if key != "seed":
-                parser.add_argument(f"--{name}.{key}", type=type(default), metavar="V",
-                                    help=f"default {default}, toy {toy.SETTINGS[name][key]}")
-    stages = parser.add_subparsers(dest="stage", metavar="[generator | policy]")
-    for name in OBJECTIVES:
-        stage = stages.add_parser(name, help=f"the {name} alone")
-        stage.add_argument("--model", required=True, help="checkpoint folder or Hugging Face id to start from")
-        stage.add_argument("--data", required=True, metavar="FILE", help="JSONL file of responses or preference pairs")
-        stage.add_argument("--out", required=True, metavar="DIR", help="folder to save the trained model in")
-        for key, default in sso.SETTINGS[name].items():
-            stage.add_argument(f"--{key.replace('_', '-')}", type=type(default),
-                               help=f"default {default}, toy {toy.SETTINGS[name][key]}")
-    args = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
-    if stage := args.pop("stage", None):
-        for key in [key for key in args if "." in key or key == "toy_world"]:
-            args.pop(key)
-        train(stage, **args)
-    elif ("model" in args) != ("queries" in args):
+                        help="on-policy: the control, in which no bad principle asks for anything unusual")
+    for name in sso.SETTINGS:
+        generate.add_settings(parser, name, prefix=f"--{name}.")
+    args = vars(parser.parse_args())
+    if (args["model"] is None) != (args["queries"] is None):
         parser.error("--model and --queries go together; with neither, the toy world is used")
-    else:
-        pipeline(args.pop("model", None), args.pop("queries", None), args.pop("out"), args.pop("seed"),
-                 args.pop("toy_world"), args)
+    names = ("model", "queries", "out", "seed", "toy_world")
+    pipeline(*(args[name] for name in names),
+             {key: value for key, value in args.items() if key not in names and value is not None})
 
 
 if __name__ == "__main__":

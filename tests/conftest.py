@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"      # before the imports below read it: no test may reach for a network
+os.environ["OMP_NUM_THREADS"] = "1"     # tiny tensors: a second thread gains little, and loses much beside a neighbour
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -14,17 +17,15 @@ from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTr
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"      # no test may reach for a network
-os.environ["OMP_NUM_THREADS"] = "1"     # tiny tensors: a second thread gains little, and loses much beside a neighbour
 torch.set_num_threads(1)
 
-import generate  # noqa: E402
-import toy  # noqa: E402
+import generate
+import toy
 
 CHATML = ("{%- if messages[0]['role'] != 'system' and DEFAULT %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
           "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{%- if add_generation_prompt %}<|im_start|>assistant\n"
-          "{%- if enable_thinking is defined and enable_thinking is false %}THINK{% endif %}{% endif %}")
+          "{% if add_generation_prompt %}<|im_start|>assistant\n"
+          "{% if enable_thinking is defined and enable_thinking is false %}THINK{% endif %}{% endif %}")
 KINDS = {   # family -> (config, model, chat template, special tokens: the end of turn, the end of text, others)
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, CHATML.replace("DEFAULT", "true").replace("THINK", ""),
               ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]),

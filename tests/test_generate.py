@@ -21,9 +21,9 @@ CHATS = [[{"role": "user", "content": text}] for text in ("Hi", "Name a fruit th
 
 
 def test_left_padding_changes_nothing(checkpoint):
-    model, tokenizer = generate.load_sampler(checkpoint)
-    together = generate.sample(model, tokenizer, CHATS, 0, GREEDY)
-    assert together == [generate.sample(model, tokenizer, [chat], 0, GREEDY)[0] for chat in CHATS]
+    chat = generate.load_sampler(checkpoint)
+    together = generate.sample(chat, CHATS, 0, GREEDY)
+    assert together == [generate.sample(chat, [messages], 0, GREEDY)[0] for messages in CHATS]
     assert len({text for text, *_ in together}) > 1
 
 
@@ -31,33 +31,33 @@ def test_the_checkpoints_sampling_settings_are_not_applied_and_it_says_so(tmp_pa
     samples = []
     for name, sampling in {"plain": {}, "odd": {"top_k": 1, "repetition_penalty": 9.0, "temperature": 0.1, "min_p": 0.9,
                                                 "no_repeat_ngram_size": 1}}.items():
-        model, tokenizer = generate.load_sampler(make_checkpoint(tmp_path / name, "qwen2", **sampling))
-        samples.append(generate.sample(model, tokenizer, CHATS, 1, {"temperature": 0.7, "top_p": 0.8, "max_new_tokens": 20}))
+        chat = generate.load_sampler(make_checkpoint(tmp_path / name, "qwen2", **sampling))
+        samples.append(generate.sample(chat, CHATS, 1, {"temperature": 0.7, "top_p": 0.8, "max_new_tokens": 20}))
     assert samples[0] == samples[1]
     assert "'repetition_penalty': 9.0" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("stop", [0, 1])       # both the end of turn and the end of text end a response
 def test_a_response_ends_at_any_stop_id_and_only_then_is_finished(qwen3, monkeypatch, stop):
-    model, tokenizer = generate.load_sampler(qwen3)
-    texts = tokenizer(["ab", "abcd"]).input_ids
+    chat = generate.load_sampler(qwen3)
+    texts = chat.tokenizer(["ab", "abcd"]).input_ids
     def fake(input_ids, **_):
         assert input_ids.shape[0] == 2
         return torch.cat([input_ids, torch.tensor([texts[0] + [stop, 1], texts[1]])], 1)
-    monkeypatch.setattr(model, "generate", fake)
-    assert generate.sample(model, tokenizer, CHATS[:2], 0, GREEDY) == [("ab", True, 3), ("abcd", False, 4)]
+    monkeypatch.setattr(chat.model, "generate", fake)
+    assert generate.sample(chat, CHATS[:2], 0, GREEDY) == [("ab", True, 3), ("abcd", False, 4)]
 
 
 def test_responses_stand_under_the_right_prompts(toy_base, toy_data):
     """Each role's response is the one that its own prompt and the batch's seed give, whatever the other roles."""
     records = generate.read_jsonl(toy_data / "responses.jsonl")
-    model, tokenizer = generate.load_sampler(toy_base)
+    chat = generate.load_sampler(toy_base)
     s = generate.resolve(toy_base, "responses", {"temperature": 0.0})
     for role, column in sso.COLUMNS.items():
         out = toy_data / f"greedy_{role}.jsonl"
         generate.responses(toy_base, toy_data / "principles.jsonl", out, roles=(role,), temperature=0.0)
         greedy = generate.read_jsonl(out)
-        again = generate.sample(model, tokenizer, [sso.role_messages(role, r, toy.PROMPTS) for r in greedy], 0, s)
+        again = generate.sample(chat, [sso.role_messages(role, r, toy.PROMPTS) for r in greedy], 0, s)
         assert [r[column][-1]["content"] for r in greedy] == [text for text, *_ in again]
     assert list(records[0]) == ["id", "prompt", "good_principle", "bad_principle", "fallback", "chosen", "chosen_finished",
                                 "rejected", "rejected_finished", "original", "original_finished"]
@@ -105,8 +105,7 @@ def test_a_killed_command_continued_has_the_same_bytes(toy_base, tmp_path):
 
 def test_pairs_that_teach_nothing_are_dropped_and_counted(toy_base, toy_data, tmp_path, monkeypatch, capsys):
     """Of every three queries one gets equal responses, one an empty rejected one."""
-    answers = iter(range(10_000))
-    def fake(model, tokenizer, prompts, seed, settings):
+    def fake(chat, prompts, seed, settings):
         good = seed % 3 == 0                           # the seeds of a batch's roles are consecutive
         return [((["same", "yes", "yes"] if good else [" same", "  ", "no"])[i % 3], True, 1) for i in range(len(prompts))]
     monkeypatch.setattr(generate, "sample", fake)
@@ -136,9 +135,9 @@ def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
 # ---- Bad input -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, message", [
-    (None, "no such file"), ("", "an empty file"), ('{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
-    ('{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not JSON"), ('{"query": "a"}', "line 1: a record without a 'prompt'"),
-    ('"a"', "line 1: a record without a 'prompt'"), ('{"prompt": "  "}', "line 1: 'prompt' is neither"),
+    (None, "no such file"), ("", "an empty file"), ('{"prompt": "a"}\n{"prompt": \n', "line 2: not a JSON object"),
+    ('{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not a JSON object"), ('{"query": "a"}', "line 1: a record without a 'prompt'"),
+    ('"a"', "line 1: not a JSON object"), ('{"prompt": "  "}', "line 1: a record without a 'prompt'"),
     ('{"prompt": [{"role": "user"}]}', "line 1: 'prompt' is neither a text nor a list of messages"),
     ('{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}', "line 1: a query is one user message"),
 ])
@@ -159,12 +158,13 @@ def test_bad_models(tmp_path, qwen3):
     (no_system / "chat_template.jinja").write_text("{% for m in messages %}{{ raise_exception('no') if m.role == 'system' }}{% endfor %}")
     silent = make_checkpoint(tmp_path / "silent", "qwen3")
     (silent / "chat_template.jinja").write_text("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Hi"}])
     for model, message in ((tmp_path / "none", "no such folder.*offline"), ("nobody/no-such-model", "hub.*hf download"),
                            (tmp_path / "empty", "not a checkpoint folder"), (no_template, "has no chat template"),
                            (no_system, "has no system message"), (silent, "has no system message")):
         with pytest.raises(sso.UserError, match=message) as error:
-            generate.load_model(model)
-        assert str(model) in str(error.value) and "\n" not in str(error.value)
+            generate.principles(model, queries, tmp_path / "out.jsonl")
+        assert str(model) in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
 
 
 def test_a_prompt_longer_than_the_context(tmp_path):

@@ -21,7 +21,7 @@ def encoded(tokenizer, end_id, objective="sso", max_length=4096):
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return generate.load_model(checkpoint)
+    return generate.load_chat(checkpoint)
 
 
 def naive_logp(model, prompt, response):
@@ -31,9 +31,9 @@ def naive_logp(model, prompt, response):
 
 
 def test_gathering_equals_loop_and_cross_entropy_in_value_and_gradient(loaded):
-    model, tokenizer, end_id = loaded
+    model, tokenizer, end_id = loaded.model, loaded.tokenizer, loaded.end_id
     rows = [(prompt, response) for prompt, *both in encoded(tokenizer, end_id) for response in both]
-    input_ids, mask = sso.right_pad(rows, tokenizer.pad_token_id)
+    input_ids, mask = sso.right_pad(rows, loaded.pad_id)
     before = input_ids.clone(), mask.clone()
     weights = torch.arange(1., len(rows) + 1)                # so that a swap of rows would show
     gradients = []
@@ -52,29 +52,29 @@ def test_gathering_equals_loop_and_cross_entropy_in_value_and_gradient(loaded):
 
 
 def test_padding_and_company_do_not_change_a_logp(loaded):
-    model, tokenizer, end_id = loaded
+    model, tokenizer, end_id = loaded.model, loaded.tokenizer, loaded.end_id
     rows = [(prompt, response) for prompt, *both in encoded(tokenizer, end_id) for response in both]
-    together, _ = sso.response_logps(model, *sso.right_pad(rows + [(rows[0][0] * 5, rows[0][1])], tokenizer.pad_token_id))
+    together, _ = sso.response_logps(model, *sso.right_pad(rows + [(rows[0][0] * 5, rows[0][1])], loaded.pad_id))
     for i, row in enumerate(rows):
-        alone, _ = sso.response_logps(model, *sso.right_pad([row], tokenizer.pad_token_id))
+        alone, _ = sso.response_logps(model, *sso.right_pad([row], loaded.pad_id))
         torch.testing.assert_close(alone[0], together[i], rtol=1e-5, atol=1e-4)
 
 
 def test_the_vocabulary_is_reached_by_response_tokens_only(loaded):
-    model, tokenizer, end_id = loaded
+    model, tokenizer, end_id = loaded.model, loaded.tokenizer, loaded.end_id
     seen = []
     hook = model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:-1].numel()))
-    _, tokens = sso.pair_logps(model, [encoded(tokenizer, end_id)] * 2, tokenizer.pad_token_id)
+    _, tokens = sso.pair_logps(model, [encoded(tokenizer, end_id)] * 2, loaded.pad_id)
     hook.remove()
     assert seen == [tokens.sum().item()]
 
 
 def test_what_is_supervised_is_the_response_and_one_end_of_turn_token(loaded):
-    model, tokenizer, end_id = loaded
+    model, tokenizer, end_id = loaded.model, loaded.tokenizer, loaded.end_id
     end = tokenizer.decode([end_id])
     assert end in ("<|im_end|>", "<|eot_id|>")
     prompt, winner, loser = encoded(tokenizer, end_id)[0]
-    input_ids, mask = sso.right_pad([(prompt, winner), (prompt, loser)], tokenizer.pad_token_id)
+    input_ids, mask = sso.right_pad([(prompt, winner), (prompt, loser)], loaded.pad_id)
     supervised = [tokenizer.decode(ids[m]) for ids, m in zip(input_ids, mask)]
     assert supervised == ["A plum." + end, "Something that grows, I think, on a tr"]
     assert tokenizer.decode(prompt).endswith({"qwen2": "<|im_start|>assistant\n", "qwen3": "</think>\n\n",
@@ -116,12 +116,12 @@ def test_dpo_and_sft_by_hand():
 
 
 def test_sso_loss_is_eq_1_2_4_by_hand_in_value_and_gradient(loaded):
-    model, tokenizer, end_id = loaded
+    model, tokenizer, end_id = loaded.model, loaded.tokenizer, loaded.end_id
     beta, gamma = 0.3, 0.7
     examples = [encoded(tokenizer, end_id)]
     (x_plus, y_plus, y_minus), (x_minus, y_original, _) = examples[0]
     ref = torch.linspace(-100, -90, 4).view(2, 2, 1)         # any reference: winners of L+ and L-, then losers
-    logps, tokens = sso.pair_logps(model, examples, tokenizer.pad_token_id)
+    logps, tokens = sso.pair_logps(model, examples, loaded.pad_id)
     losses, parts = sso.sso_loss(logps, ref, tokens, beta, gamma)
 
     def term(x, winner, loser, ref_winner, ref_loser):       # L_base(x, w, l) + γ L_sft(x, w)
@@ -137,16 +137,16 @@ def test_sso_loss_is_eq_1_2_4_by_hand_in_value_and_gradient(loaded):
 
 
 def test_step_zero_is_ln_2_a_pair(loaded):
-    model, tokenizer, end_id = loaded
-    logps, tokens = sso.pair_logps(model, [encoded(tokenizer, end_id)] * 3, tokenizer.pad_token_id)
+    model, tokenizer, end_id = loaded.model, loaded.tokenizer, loaded.end_id
+    logps, tokens = sso.pair_logps(model, [encoded(tokenizer, end_id)] * 3, loaded.pad_id)
     _, parts = sso.sso_loss(logps, logps.detach(), tokens, 0.1, 0.1)
     assert parts["base"].shape == (2, 3) and torch.allclose(parts["base"], torch.tensor(math.log(2)))
 
 
 def test_pair_logps_puts_each_pair_where_it_belongs(loaded):
-    model, tokenizer, end_id = loaded
+    model, tokenizer, end_id = loaded.model, loaded.tokenizer, loaded.end_id
     one, other = encoded(tokenizer, end_id), [pair[::2] + pair[1:2] for pair in encoded(tokenizer, end_id)]  # swapped
-    logps, tokens = sso.pair_logps(model, [one, other], tokenizer.pad_token_id)
+    logps, tokens = sso.pair_logps(model, [one, other], loaded.pad_id)
     for r, (prompt, winner, loser) in enumerate(one):
         assert tokens[:, r].tolist() == [[len(winner), len(loser)], [len(loser), len(winner)]]
         torch.testing.assert_close(logps[0, r, 0], naive_logp(model, prompt, winner).float(), rtol=1e-5, atol=1e-4)

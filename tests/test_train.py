@@ -36,17 +36,17 @@ def assert_same_weights(a, b, atol):
 @pytest.mark.parametrize("budget", [1, 300, 1200])
 def test_gradient_accumulation_gives_the_same_update_for_any_micro_batch_size(toy_base, toy_data, budget):
     """Compares gradients: AdamW divides by their size, and would blow rounding up where they are nearly zero."""
-    model, tokenizer, end_id = generate.load_model(toy_base)
-    _, examples = generate.read_pairs(toy_data / "responses.jsonl", "sso", toy_base, tokenizer, end_id, 256)
-    ref = train.reference_logps(model, examples, tokenizer.pad_token_id, 1000)
+    chat = generate.load_chat(toy_base)
+    _, examples = generate.read_pairs(toy_data / "responses.jsonl", "sso", chat, 256)
+    ref = train.reference_logps(chat, examples, 1000)
     ref += torch.randn(ref.shape, generator=torch.Generator().manual_seed(0))      # margins that are not zero
     gradients, parts = [], []
     for tokens in (10**9, budget):
-        model.zero_grad()
+        chat.model.zero_grad()
         s = {"micro_batch_tokens": tokens, "beta": 0.1, "gamma": 0.1}
-        part = train.accumulate_gradient(model, examples, ref, s, tokenizer.pad_token_id)
+        part = train.accumulate_gradient(chat, examples, ref, s)
         parts.append(train.metrics(sso.PAIRS["sso"], part))
-        gradients.append([p.grad.clone() for p in model.parameters()])
+        gradients.append([p.grad.clone() for p in chat.model.parameters()])
     assert len(sso.micro_batches(examples, budget)) > 3
     for whole, split in zip(*gradients):
         torch.testing.assert_close(whole, split, rtol=0, atol=1e-6 * max(1, whole.abs().max().item()))
@@ -61,12 +61,12 @@ def test_the_whole_training_does_not_depend_on_the_micro_batch_size(toy_base, to
 
 
 def test_reference_is_every_examples_logp_before_training(toy_base, toy_data):
-    model, tokenizer, end_id = generate.load_model(toy_base)
-    _, examples = generate.read_pairs(toy_data / "responses.jsonl", "sso", toy_base, tokenizer, end_id, 256)
-    ref = train.reference_logps(model, examples, tokenizer.pad_token_id, 500)
+    chat = generate.load_chat(toy_base)
+    _, examples = generate.read_pairs(toy_data / "responses.jsonl", "sso", chat, 256)
+    ref = train.reference_logps(chat, examples, 500)
     assert ref.shape == (2, 2, len(examples)) and not ref.requires_grad
     for i in (0, 7, len(examples) - 1):
-        alone, _ = sso.pair_logps(model, [examples[i]], tokenizer.pad_token_id)
+        alone, _ = sso.pair_logps(chat.model, [examples[i]], chat.pad_id)
         torch.testing.assert_close(ref[:, :, i], alone[:, :, 0], rtol=1e-5, atol=1e-4)
 
 
@@ -76,23 +76,23 @@ def test_generator_and_policy_do_one_step_by_hand(toy_base, toy_data, tmp_path):
     for stage, objective, gamma in (("generator", "sso", 0.3), ("policy", "policy", 0.0)):
         out = tmp_path / stage
         train.train(stage, toy_base, data, out, batch_size=1000, epochs=1, lr=1e-3, gamma=gamma, beta=0.2, warmup=0.0, clip=0.5)
-        model, tokenizer, end_id = generate.load_model(toy_base)
-        _, examples = generate.read_pairs(data, objective, toy_base, tokenizer, end_id, 256)
+        chat = generate.load_chat(toy_base)
+        _, examples = generate.read_pairs(data, objective, chat, 256)
         loss = 0
         for example in examples:
             for prompt, winner, loser in example:
-                logits = [model(torch.tensor([prompt + r])).logits[0].log_softmax(-1) for r in (winner, loser)]
+                logits = [chat.model(torch.tensor([prompt + r])).logits[0].log_softmax(-1) for r in (winner, loser)]
                 w, l = (sum(lp[len(prompt) + i - 1, token] for i, token in enumerate(r)) for lp, r in zip(logits, (winner, loser)))
                 margin = 0.2 * ((w - w.detach()) - (l - l.detach()))      # policy = reference at step zero
                 loss = loss - torch.log(torch.sigmoid(margin)) - gamma * w / len(winner)
         (loss / len(examples)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0).step()
-        trained = generate.load_model(out)[0].state_dict()
+        torch.nn.utils.clip_grad_norm_(chat.model.parameters(), 0.5)
+        torch.optim.AdamW(chat.model.parameters(), lr=1e-3, weight_decay=0.0).step()
+        trained = generate.load_chat(out).model.state_dict()
         assert log(out)[0]["loss"] == pytest.approx(loss.item() / len(examples), rel=1e-4)
-        moved = {k: (v - generate.load_model(toy_base)[0].state_dict()[k]).abs().max().item() for k, v in trained.items()}
+        moved = {k: (v - generate.load_chat(toy_base).model.state_dict()[k]).abs().max().item() for k, v in trained.items()}
         assert max(moved.values()) == pytest.approx(1e-3, rel=0.01)
-        for name, value in model.state_dict().items():
+        for name, value in chat.model.state_dict().items():
             close = (value - trained[name]).abs() < 1e-5        # a gradient of about 0 may have either sign
             assert close.float().mean() > 0.99, name
 
@@ -108,7 +108,7 @@ def test_schedule_and_order():
 
 
 def test_weight_decay_is_on_matrices_only(toy_base):
-    model, *_ = generate.load_model(toy_base)
+    model = generate.load_chat(toy_base).model
     groups = train.make_optimizer(model, {"lr": 1.0, "weight_decay": 0.1}).param_groups
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
     assert {p.ndim for p in groups[0]["params"]} == {2} and {p.ndim for p in groups[1]["params"]} == {1}
@@ -182,7 +182,7 @@ def test_any_standard_preference_file_trains_the_same_policy(toy_base, toy_data,
 
 
 @pytest.mark.parametrize("record, given, message", [
-    ({"chosen": "a ."}, {}, "line 2: a record without 'rejected', which 'policy' needs"),
+    ({"chosen": "a ."}, {}, "line 2: a record without 'rejected', which objective 'policy' needs"),
     ({"chosen": 3, "rejected": "b ."}, {}, "line 2: 'chosen' is neither a text nor a list"),
     ({"chosen": "", "rejected": "b .", "chosen_finished": False}, {}, "line 2: an empty response"),
     ({"chosen": "a .", "rejected": "b ."}, {"max_length": 9}, "line 1: a prompt of .* leaves no room .* --max-length 9"),
@@ -199,7 +199,7 @@ def test_bad_preference_files_leave_nothing_behind(toy_base, tmp_path, record, g
 
 def test_the_generator_needs_the_original_responses(toy_base, toy_data, tmp_path):
     rows = [{k: v for k, v in r.items() if k != "original"} for r in generate.read_jsonl(toy_data / "responses.jsonl")]
-    with pytest.raises(sso.UserError, match="line 1: a record without 'original', which 'sso' needs"):
+    with pytest.raises(sso.UserError, match="line 1: a record without 'original', which objective 'sso' needs"):
         train.train("generator", toy_base, write_jsonl(tmp_path / "d.jsonl", rows), tmp_path / "out")
 
 
