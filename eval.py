@@ -1,11 +1,11 @@
-"""The paper's measurements: how accurate and how on-policy the pairs are (Figure 3), how good the policies are.
+"""The paper's measurements: how accurate and how on-policy pairs are (Figure 3), how good policies are.
 
     python eval.py data pairs.jsonl [more.jsonl] --policy M
     python eval.py policy M [N ...] --queries heldout.jsonl
-    python eval.py report runs/NAME [runs/OTHER ...]      # one run: its table; several: mean ± sd, paired differences
+    python eval.py report runs/NAME [runs/OTHER ...]    # one run: its table; several: mean ± sd, paired differences
 
-On-policy probability of a response: exp(mean token log-prob) under the policy without principle, averaged over
-responses. Quality is what the toy world's grader says. A real model has no judge yet, and its columns say "no judge".
+A response's on-policy probability is exp(mean token log-prob) under the policy without principle. Accuracy and
+quality are what the toy world's grader says; for a real model there is no judge yet, and the tables say so.
 """
 
 import argparse
@@ -23,6 +23,8 @@ import generate
 import sso
 import toy
 
+COLUMNS = ["pairs", "accuracy", "ties", "p(chosen)", "p(rejected)", "quality", "win rate", "words"]   # of the report
+
 
 def stat(values):
     """Mean, standard error and number of a list of numbers."""
@@ -37,8 +39,8 @@ def win(a, b):
 
 @torch.no_grad()
 def data(path, policy):
-    """Measures of a preference file: number of pairs, accuracy, on-policy probability of chosen, rejected and both
-    under `policy`, mean lengths in tokens. Pairs that were dropped as equal or empty count as ties."""
+    """Measures of a preference file: pairs, accuracy, on-policy probability of chosen, rejected and both under
+    `policy`, lengths in tokens. Pairs that were dropped as equal or empty count as ties."""
     chat, s = generate.load_chat(policy), generate.resolve(policy, "policy", {})
     records, examples = generate.read_pairs(path, "policy", chat, s["max_length"])
     probs, lengths = torch.zeros(2, len(examples)), torch.zeros(2, len(examples))      # chosen, rejected
@@ -49,11 +51,11 @@ def data(path, policy):
         lengths[:, group] = tokens[:, 0].float().cpu()
     measures = {"pairs": len(records), "accuracy": "no judge"}
     if generate.world(policy) is toy:
-        scores = [win(*(toy.grade(record["prompt"][-1]["content"], record[column][-1]["content"],
-                                  record.get(f"{column}_finished", True)) for column in ("chosen", "rejected")))
-                  for record in records] + [0.5] * sum(generate.dropped(path).values())
-        measures |= {"accuracy": stat([float(score == 1) for score in scores]),
-                     "ties": stat([float(score == 0.5) for score in scores])}
+        grades = [[toy.grade(record["prompt"][-1]["content"], record[column][-1]["content"],
+                             record.get(f"{column}_finished", True)) for column in ("chosen", "rejected")]
+                  for record in records]
+        wins = [win(*pair) for pair in grades] + [0.5] * sum(generate.dropped(path).values())
+        measures |= {"accuracy": stat([float(w == 1) for w in wins]), "ties": stat([float(w == 0.5) for w in wins])}
     for name, values in (("p(chosen)", probs[0]), ("p(rejected)", probs[1]), ("p(both)", probs.mean(0)),
                          ("tokens chosen", lengths[0]), ("tokens rejected", lengths[1])):
         measures[name] = stat(values.tolist())
@@ -61,51 +63,48 @@ def data(path, policy):
 
 
 def policies(models, queries, folder, **given):
-    """Measures of the answers of each of `models` (name -> checkpoint) to `queries` without principle: quality, and
-    wins against the first model; else mean length alone. The answers are kept in `folder`."""
+    """Measures of the answers of `models` (name -> checkpoint) to `queries` without principle: quality, and win, tie
+    and loss against the first model. The answers are kept in `folder`."""
     measures, first = {}, None
     for name, model in models.items():
-        path = Path(folder, "answers_" + re.sub(r"[^-.\w]", "_", name) + ".jsonl")
+        path = Path(folder, "answers_" + re.sub(r"[^-.\w]", "_", str(name)) + ".jsonl")
         generate.responses(model, queries, path, roles=("original",), **given)
-        answers = [(r["prompt"][-1]["content"], r["original"][-1]["content"], r["original_finished"])
-                   for r in generate.read_jsonl(path)]
-        measures[name] = {"quality": "no judge", "win rate": "no judge", "words": stat([len(text.split()) for _, text, _ in answers]),
+        answers = [(record["prompt"][-1]["content"], record["original"][-1]["content"], record["original_finished"])
+                   for record in generate.read_jsonl(path)]
+        measures[name] = {"quality": "no judge", "win rate": "no judge",
+                          "words": stat([len(text.split()) for _, text, _ in answers]),
                           "finished": stat([float(finished) for *_, finished in answers])}
         if generate.world(model) is toy:
             quality = [toy.grade(*answer) for answer in answers]
             first = first or quality
             wins = [win(*pair) for pair in zip(quality, first)]
-            measures[name] |= {"quality": stat(quality), "win": wins.count(1) / len(wins),
-                               "tie": wins.count(0.5) / len(wins), "loss": wins.count(0) / len(wins),
-                               "win rate": stat(wins)}
+            measures[name] |= {"quality": stat(quality), "win rate": stat(wins)}
+            measures[name] |= {word: wins.count(w) / len(wins) for word, w in (("win", 1), ("tie", 0.5), ("loss", 0))}
     return measures
 
 
-# ---- The report of a run -------------------------------------------------------------------------
-
-COLUMNS = ["pairs", "accuracy", "ties", "p(chosen)", "p(rejected)", "quality", "win rate", "words"]
-
+# ---- Tables --------------------------------------------------------------------------------------
 
 def write_report(out, base, given):
     """Measure a run's pairs and policies, and write report.json."""
-    policy_rows = policies({"base": base, "PBAA": out / "pbaa", "SSO": out / "policy"}, out / "heldout.jsonl", out, **given)
-    data_rows = {"base": {}, "PBAA": data(out / "responses.jsonl", base), "SSO": data(out / "pairs.jsonl", base)}
-    rows = {name: data_rows[name] | policy_rows[name] for name in policy_rows}
+    models = {"base": base, "PBAA": out / "pbaa", "SSO": out / "policy"}
+    rows = policies(models, out / "heldout.jsonl", out, **given)
+    for name, file in (("PBAA", "responses.jsonl"), ("SSO", "pairs.jsonl")):
+        rows[name] = data(out / file, base) | rows[name]
     generate.write_text(out / "report.json", json.dumps(rows, indent=1))
 
 
 def print_table(rows, columns):
-    """Print {name: {column: cell}} as a Markdown table. A cell is a number, or a mean with its standard error."""
+    """Print {row: {column: cell}} as a Markdown table. A cell is a mean with its spread, a number or a word."""
     def show(cell):
         if isinstance(cell, dict):
-            return f"{cell['mean']:.3f} ± {cell.get('se', cell.get('sd')):.3f}"
+            return f"{cell['mean']:.3f} ± {cell.get('sd', cell.get('se')):.3f}"
         return "-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)
-    table = [["", *columns]] + [[name, *(show(row.get(column)) for column in columns)] for name, row in rows.items()]
+    table = [["", *columns]] + [[str(name), *(show(row.get(column)) for column in columns)] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*table)]
-    for i, line in enumerate(table):
+    table.insert(1, ["-" * width for width in widths])
+    for line in table:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
-        if i == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
 
 
 def print_report(folders):
@@ -117,20 +116,17 @@ def print_report(folders):
             raise sso.UserError(f"{path}: no such file; `python train.py --out {folder}` writes it")
         runs.append(json.loads(path.read_text(encoding="utf-8")))
     if len(runs) == 1:
-        print("mean ± standard error over pairs and over held-out queries; dropped pairs count as ties:\n")
+        print("\nmean ± standard error over pairs and over held-out queries; dropped pairs count as ties:\n")
         return print_table(runs[0], COLUMNS)
-    rows, paired = {}, {}
-    for name in runs[0]:
-        for column in COLUMNS:
-            cells = [run[name].get(column) for run in runs]
-            if all(isinstance(cell, dict) for cell in cells):
-                means = [cell["mean"] for cell in cells]
-                rows.setdefault(name, {})[column] = {"mean": statistics.fmean(means), "sd": statistics.stdev(means)}
-    for name, other in (("PBAA", "base"), ("SSO", "base"), ("SSO", "PBAA")):
-        for column in COLUMNS:
-            cells = [(run[name].get(column), run[other].get(column)) for run in runs]
-            if all(isinstance(cell, dict) for pair in cells for cell in pair):
-                paired.setdefault(f"{name} - {other}", {})[column] = stat([a["mean"] - b["mean"] for a, b in cells])
+
+    def means(name, column):            # one a run; none if a run does not have it
+        cells = [run[name].get(column) for run in runs]
+        return [cell["mean"] for cell in cells] if all(isinstance(cell, dict) for cell in cells) else []
+    rows = {name: {column: {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
+                   for column in COLUMNS if (values := means(name, column))} for name in runs[0]}
+    paired = {f"{a} - {b}": {column: stat([x - y for x, y in zip(means(a, column), means(b, column))])
+                             for column in COLUMNS if means(a, column) and means(b, column)}
+              for a, b in (("PBAA", "base"), ("SSO", "base"), ("SSO", "PBAA"))}
     print(f"mean ± standard deviation over {len(runs)} runs:\n")
     print_table(rows, COLUMNS[1:])
     print("\npaired difference ± standard error over runs:\n")
@@ -142,25 +138,25 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("data", help="measure preference files")
     command.add_argument("files", nargs="+", metavar="F", help="preference file (JSONL)")
-    command.add_argument("--policy", required=True, metavar="M", help="policy before training: folder or Hugging Face id")
+    command.add_argument("--policy", required=True, metavar="M", help="the policy: checkpoint folder or Hugging Face id")
     command = commands.add_parser("policy", help="measure policies by their answers")
-    command.add_argument("models", nargs="+", metavar="M", help="checkpoint folder or Hugging Face id; the first is compared with")
+    command.add_argument("models", nargs="+", metavar="M", help="checkpoint folders or ids, compared with the first")
     command.add_argument("--queries", required=True, metavar="FILE", help="held-out queries (JSONL)")
     command.add_argument("--out", metavar="DIR", help="keep the answers here, and continue from them")
     generate.add_settings(command, "responses")
-    command = commands.add_parser("report", help="print the table of one run or of several together")
+    command = commands.add_parser("report", help="print the table of one run, or of several together")
     command.add_argument("runs", nargs="+", metavar="DIR", help="folder of a run of train.py")
     args = vars(parser.parse_args())
-    if (name := args.pop("command")) == "data":
+    command = args.pop("command")
+    if command == "report":
+        return print_report(args["runs"])
+    if command == "data":
         rows = {path: data(path, args["policy"]) for path in args["files"]}
-        print_table(rows, list(next(iter(rows.values()))))
-    elif name == "policy":
-        models, queries, out = {m: m for m in args.pop("models")}, args.pop("queries"), args.pop("out")
-        with tempfile.TemporaryDirectory() as temporary:
-            rows = policies(models, queries, out or temporary, **args)
-        print_table(rows, list(next(iter(rows.values()))))
     else:
-        print_report(args["runs"])
+        models, queries, out = args.pop("models"), args.pop("queries"), args.pop("out")
+        with tempfile.TemporaryDirectory() as temporary:
+            rows = policies(dict(zip(models, models)), queries, out or temporary, **args)
+    print_table(rows, list(rows[next(iter(rows))]))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@
     python generate.py responses --model M --principles principles.jsonl --out responses.jsonl
     python generate.py responses --model GENERATOR --principles principles.jsonl --roles good bad --out pairs.jsonl
 
-Responses are a standard preference file (prompt, chosen, rejected as message lists) with more columns. While a file
-grows, a line a record, it is called OUT.partial, and the same command continues it; OUT itself is always complete. Its
-settings stand in OUT.args.json. Each batch draws from its own seed, so a continued file equals an uninterrupted one.
+Responses are a standard preference file (prompt, chosen, rejected as message lists) with more columns. While a
+file grows, a line a record, it is called OUT.partial, and the same command continues it: each batch draws from its
+own seed. OUT itself is always complete. Its settings stand in OUT.args.json.
 
-Simpler than the authors' code: one answer holds both principles. Batches are static: each waits for its longest.
+Simpler than the authors' code: one answer holds both principles. Batches are static, each as long as its longest.
 """
 
 import argparse
@@ -37,36 +37,29 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-def as_messages(value, role):
-    """A text as a list of one message, a list of messages as it is; ValueError for anything else."""
-    messages = [{"role": role, "content": value}] if isinstance(value, str) else value
-    if not messages or not isinstance(messages, list) or not all(
-            isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in messages):
-        raise ValueError
-    return messages
-
-
 def read_jsonl(path):
     """The records of a JSONL file, each with an id, its place in the file; prompt and responses, which may be
     strings, as lists of messages. An error names the file and the line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
+    records = []
     # Not splitlines(), which would also split at the separators that a text may hold.
-    lines, records = Path(path).read_text(encoding="utf-8").rstrip().split("\n"), []
-    if lines == [""]:
-        raise UserError(f"{path}: an empty file; one JSON object a line is expected")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip().split("\n"), 1):
         try:
             record = {"id": number - 1} | json.loads(line)
         except (json.JSONDecodeError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a JSON object ({error})") from None
+            what = f"line {number}: not a JSON object ({error})" if line or number > 1 else "an empty file"
+            raise UserError(f"{path}, {what}; one JSON object a line is expected") from None
         if not record.get("prompt") or not str(record["prompt"]).strip():
             raise UserError(f"{path}, line {number}: a record without a 'prompt'")
-        for column, role in [("prompt", "user")] + [(column, "assistant") for column in sso.COLUMNS.values()]:
-            try:
-                record |= {column: as_messages(record[column], role)} if column in record else {}
-            except ValueError:
-                raise UserError(f"{path}, line {number}: {column!r} is neither a text nor a list of messages") from None
+        for column in {"prompt", *sso.COLUMNS.values()} & record.keys():
+            messages = record[column]
+            if isinstance(messages, str):
+                messages = [{"role": "user" if column == "prompt" else "assistant", "content": messages}]
+            if not messages or not isinstance(messages, list) or not all(
+                    isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in messages):
+                raise UserError(f"{path}, line {number}: {column!r} is neither a text nor a list of messages")
+            record[column] = messages
         records.append(record)
     return records
 
@@ -101,34 +94,29 @@ def as_lines(records):
 
 
 def fingerprint(path):
-    """A short hash of a data file, or of the first MiB of each file of a checkpoint's weights; None for a hub id."""
-    files = sorted(Path(path).glob("*.safetensors")) or [Path(path)]
-    digest = hashlib.sha256()
-    for file in files:
-        if not file.is_file():
-            return None
-        with file.open("rb") as handle:
-            digest.update(handle.read(-1 if file == Path(path) else 2**20))
-    return digest.hexdigest()[:12]
+    """A hash of size and first MiB of a data file, or of each of a checkpoint's weights; constant for a hub id."""
+    files = [file for file in sorted(Path(path).glob("*.safetensors")) or [Path(path)] if file.is_file()]
+    heads = [b"%d" % file.stat().st_size + file.open("rb").read(2**20) for file in files]
+    return hashlib.sha256(b"".join(heads)).hexdigest()[:12]
 
 
 def claim(out, settings, inputs, proof=None):
-    """None if an output is complete; an error if it was made with other settings; else what to `write_text`, once the
-    inputs have proved good, as the note of its settings. `inputs` are the paths it is made from. An output that is a
-    folder names the file in it that is written last, and so proves it complete."""
-    note, done = (Path(out, "args.json"), Path(out, proof)) if proof else (Path(f"{out}.args.json"), Path(out))
+    """None if an output is complete; an error if it was made with other settings; else what to `write_text` as a
+    note of its settings, once its inputs (name -> path) have proved good. An output that is a folder names the file
+    in it that is written last, and so proves it complete."""
+    note, done = (f"{out}/args.json", f"{out}/{proof}") if proof else (f"{out}.args.json", out)
     settings = dict(settings)
     for name, path in inputs.items():
-        settings[name] = os.path.relpath(path, note.parent) if os.path.exists(path) else str(path)
+        settings[name] = os.path.relpath(path, Path(note).parent) if os.path.exists(path) else str(path)
         settings[f"content of {name}"] = fingerprint(path)
-    before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else settings
+    before = json.loads(Path(note).read_text(encoding="utf-8")) if os.path.exists(note) else settings
     for key, value in settings.items():
         if before.get(key) != value:
             raise UserError(f"{out} was made with {key} = {before.get(key)!r}, not {value!r}: choose another --out, "
                             f"or delete {out} and {note} to make it again")
-    if done.exists() and not note.exists():
+    if os.path.exists(done) and not os.path.exists(note):
         raise UserError(f"{out} exists and was not made by this command; choose another --out")
-    return None if done.exists() else (note, json.dumps(settings, indent=1))
+    return None if os.path.exists(done) else (note, json.dumps(settings, indent=1))
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -160,8 +148,8 @@ def load_tokenizer(path):
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         what = "not a checkpoint folder" if Path(path).is_dir() else (
-            "no such folder, and not to be had from the Hugging Face hub; to work offline, fetch it where there is a "
-            f"network (hf download {path} --local-dir DIR) and name that folder")
+            "no such folder, nor can it be reached on the Hugging Face hub; to work offline, fetch it where there "
+            f"is a network (hf download {path} --local-dir DIR) and name that folder")
         raise UserError(f"model {path}: {what} ({str(error).strip().splitlines()[0]})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"model {path}: it has no chat template; use a chat (instruct) model")
@@ -172,7 +160,7 @@ def load_tokenizer(path):
         text = ""
     if "zebra" not in text:
         raise UserError(f"model {path}: its chat template has no system message, which carries the principle; use a "
-                        "model that has one, or give its tokenizer a template that puts it before the user's text")
+                        "model that has one, or give it a template that puts it before the user's text")
     return tokenizer
 
 
@@ -180,6 +168,11 @@ def load_chat(path, dtype=torch.float32):
     """Load a chat model from a folder or the Hugging Face hub."""
     tokenizer = load_tokenizer(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    probe = torch.tensor([[0, 1]], device=device)
+    with torch.no_grad():       # `sso.response_logps` takes the head's logits for the model's
+        logits = model.get_output_embeddings()(model.base_model(probe).last_hidden_state)
+        if not torch.equal(logits, model(probe).logits):
+            raise UserError(f"model {path}: it changes its logits after the output head, which is not supported")
     ids = model.generation_config.eos_token_id
     stop_ids = sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
     pad_id = stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id      # always masked
@@ -190,9 +183,8 @@ def load_sampler(path):
     """`load_chat` for sampling: bf16 on CUDA, and none of the checkpoint's own sampling settings (Qwen2.5 brings a
     repetition penalty and top-k), so that responses are the policy's own."""
     chat = load_chat(path, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    before = chat.model.generation_config.to_diff_dict()
-    ignored = {key: value for key, value in before.items() if not key.endswith("_token_id") and not key.startswith("_")
-               and key not in ("transformers_version", "do_sample")}
+    ignored = {key: value for key, value in chat.model.generation_config.to_diff_dict().items()
+               if not key.endswith(("_token_id", "_version")) and not key.startswith("_") and key != "do_sample"}
     if ignored:
         tqdm.write(f"{path}: ignoring the checkpoint's sampling settings {ignored}")
     chat.model.generation_config = GenerationConfig(eos_token_id=chat.stop_ids, pad_token_id=chat.pad_id)
@@ -213,7 +205,8 @@ def sample(chat, prompts, seed, s):
     width, context = max(map(len, rows)), getattr(chat.model.config, "max_position_embeddings", 2**30)
     if width >= context:
         text = max(zip(rows, prompts), key=lambda pair: len(pair[0]))[1][-1]["content"]
-        raise UserError(f"a prompt of {width} tokens leaves no room in the model's context of {context}: ...{text[-60:]!r}")
+        raise UserError(f"a prompt of {width} tokens leaves no room in the model's context of {context}; "
+                        f"it ends with {text[-60:]!r}")
     input_ids = torch.full((len(rows), width), chat.pad_id)     # (N, T), padded on the left
     attention_mask = torch.zeros_like(input_ids)                # (N, T)
     for i, row in enumerate(rows):
@@ -223,9 +216,9 @@ def sample(chat, prompts, seed, s):
     how = {"do_sample": True, "temperature": s["temperature"], "top_p": s["top_p"], "top_k": 0}
     output = chat.model.generate(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device),
                                  max_new_tokens=min(s["max_new_tokens"], context - width),
-                                 **how if s["temperature"] else {"do_sample": False})[:, width:]     # (N, new tokens)
+                                 **(how if s["temperature"] else {"do_sample": False}))      # (N, T + new tokens)
     responses = []
-    for ids in output.tolist():
+    for ids in output[:, width:].tolist():
         length = next((i for i, token in enumerate(ids) if token in chat.stop_ids), len(ids))
         text = chat.tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         responses.append((text, length < len(ids), min(length + 1, len(ids))))
@@ -233,30 +226,32 @@ def sample(chat, prompts, seed, s):
 
 
 def generate_file(out, records, make, s, reject=lambda record: None):
-    """Make a record from each of `records` by `make(batch, seed)` -> (new records, tokens), batch by batch, in
-    OUT.partial; then write to OUT, in the order of the input, those against which `reject(record)` names no reason."""
+    """Make a record from each of `records` by `make(batch, seed)` -> (new records, tokens), a batch at a time, in
+    OUT.partial; then write those against which `reject(record)` names no reason to OUT, in the order of the input."""
     partial, note, size = Path(f"{out}.partial"), Path(f"{out}.args.json"), s["batch_size"]
     lines = partial.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if partial.exists() else []
-    lines = lines[:len(lines) // size * size]                  # whole batches; the last line may be cut off, too
+    lines = lines[:len(lines) // size * size]      # whole batches; the last line may be cut off, too
     write_text(partial, "".join(line + "\n" for line in lines))
     # Sorted by length, so that little is padded; the longest first, so that memory runs out at once or never.
-    order = sorted(records, key=lambda r: -len(json.dumps([r["prompt"], r.get("good_principle"), r.get("bad_principle")])))
+    order = sorted(records, reverse=True, key=lambda record: len(json.dumps(
+        [record["prompt"], record.get("good_principle"), record.get("bad_principle")])))
     with partial.open("a", encoding="utf-8") as file, tqdm(
             total=len(order), initial=len(lines), desc=Path(out).name, unit="query") as bar:
         tokens = 0
         for start in range(len(lines), len(order), size):
-            made, new_tokens = make(order[start:start + size], s["seed"] * 1_000_003 + 3 * start)   # 3 seeds: the roles
+            made, new = make(order[start:start + size], s["seed"] * 1_000_003 + 3 * start)      # a seed for each role
             file.write(as_lines(made))
             file.flush()
-            tokens += new_tokens
-            bar.set_postfix({"tokens/s": f"{tokens / max(1e-9, bar.format_dict['elapsed']):.0f}"}, refresh=False)
+            tokens += new
+            bar.set_postfix({"tokens/s": int(tokens / max(1e-9, bar.format_dict["elapsed"]))}, refresh=False)
             bar.update(len(made))
     made = [json.loads(line) for line in partial.read_text(encoding="utf-8").split("\n")[:-1]]
     kept = sorted((record for record in made if not reject(record)), key=lambda record: record["id"])
     reasons = collections.Counter(reject(record) for record in made if reject(record))
     if not kept:
         raise UserError(f"{out}: no record is left: {dict(reasons)}")
-    write_text(note, json.dumps(json.loads(note.read_text(encoding="utf-8")) | {"dropped": reasons}, indent=1))
+    settings = json.loads(note.read_text(encoding="utf-8"))
+    write_text(note, json.dumps(settings | {"dropped": reasons}, indent=1))
     write_text(out, as_lines(kept))
     partial.unlink()
 
@@ -291,19 +286,21 @@ def principles(model, queries, out, **given):
 
     generate_file(out, records, make, s)
     fallbacks = sum(record["fallback"] for record in read_jsonl(out))
-    print(f"{out}: {len(records)} queries; {fallbacks} got the fixed pair of principles, the model wrote none for them")
+    print(f"{out}: {len(records)} queries; for {fallbacks} the model wrote no principles, and they got the fixed pair")
 
 
 def teaches_nothing(record):
     """Why a preference pair is of no use, or None."""
     chosen, rejected = (record[column][-1]["content"].strip() for column in ("chosen", "rejected"))
-    return "empty response" if not chosen or not rejected else "chosen equals rejected" if chosen == rejected else None
+    if not chosen or not rejected:
+        return "empty response"
+    return "chosen equals rejected" if chosen == rejected else None
 
 
 def responses(model, principles, out, roles=tuple(sso.COLUMNS), **given):
     """Step 2, and with the data generator as model the pairs of step 4: write to OUT the responses y+ (chosen), y-
     (rejected) and yo (original) to each query, those of `roles`."""
-    s, records, pairs = resolve(model, "responses", given), read_jsonl(principles), {"good", "bad"} <= set(roles)
+    s, records = resolve(model, "responses", given), read_jsonl(principles)
     for record in records:
         for role in {"good", "bad"} & set(roles):
             if not record.get(f"{role}_principle"):
@@ -317,16 +314,17 @@ def responses(model, principles, out, roles=tuple(sso.COLUMNS), **given):
     def make(batch, seed):
         made, total = [dict(record) for record in batch], 0
         for i, role in enumerate(roles):
-            answers = sample(chat, [sso.role_messages(role, record, chat.prompts) for record in batch], seed + i, s)
-            for record, (text, finished, tokens) in zip(made, answers):
+            prompts = [sso.role_messages(role, record, chat.prompts) for record in batch]
+            for record, (text, finished, tokens) in zip(made, sample(chat, prompts, seed + i, s)):
                 record[sso.COLUMNS[role]] = [{"role": "assistant", "content": text}]
                 record[f"{sso.COLUMNS[role]}_finished"] = finished
                 total += tokens
         return made, total
 
-    generate_file(out, records, make, s, teaches_nothing if pairs else lambda record: None)
-    if pairs:
-        print(f"{out}: {len(records)} pairs, less those that teach nothing: {dropped(out) or 0}")
+    if not {"good", "bad"} <= set(roles):
+        return generate_file(out, records, make, s)
+    generate_file(out, records, make, s, reject=teaches_nothing)
+    print(f"{out}: {len(records)} pairs, less those that teach nothing: {dropped(out) or 0}")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -358,7 +356,7 @@ def main():
     for name, source in (("principles", "queries"), ("responses", "principles")):
         command = commands.add_parser(name)
         command.add_argument("--model", required=True, help="checkpoint folder or Hugging Face id of a chat model")
-        command.add_argument(f"--{source}", required=True, metavar="FILE", help="JSONL file with a 'prompt' a line")
+        command.add_argument(f"--{source}", required=True, metavar="FILE", help="JSONL, a 'prompt' a line")
         command.add_argument("--out", required=True, metavar="FILE", help="JSONL file to write")
         add_settings(command, name)
     command.add_argument("--roles", nargs="+", choices=sso.COLUMNS, default=list(sso.COLUMNS),

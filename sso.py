@@ -1,6 +1,6 @@
 """Self-Steering Optimization (SSO) as pure functions, in the order in which the paper tells it.
 
-Paper: Xiang et al., Findings of ACL 2025, arXiv 2410.17131v2; "Eq." below are its equations. No files, no flags here.
+Paper: Xiang et al., Findings of ACL 2025, arXiv 2410.17131v2; "Eq." below are its equations. No files, no flags.
 
 Words. A *role* names a prompt and the response sampled under it:
     good      x+ (system message: good principle p+)     y+
@@ -99,7 +99,7 @@ def parse_guidelines(answer):
 
 
 def role_messages(role, record, prompts=PROMPTS):
-    """The prompt of a role: x+ or x- is the query under its principle as system message, x the query alone."""
+    """The prompt of a role: x+ or x- has its principle as system message, x is the query alone."""
     if role == "original":
         return record["prompt"]
     system = prompts[role].replace("{principle}", record[f"{role}_principle"])
@@ -154,13 +154,13 @@ def encode_response(tokenizer, end_id, text, finished):
 
 
 def encode_pairs(tokenizer, end_id, pairs, max_length):
-    """Token ids (prompt, winner, loser) of each of R triples of `preference_pairs`. A response that does not fit
-    into max_length with its prompt is cut, and so loses its end-of-turn token."""
+    """Token ids (prompt, winner, loser) of each of R triples of `preference_pairs`. A response that does not
+    fit into max_length with its prompt is cut, and so loses its end-of-turn token."""
     encoded = []
     for messages, *responses in pairs:
         prompt = encode_prompt(tokenizer, messages)
         if len(prompt) >= max_length:
-            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room for a response in --max-length {max_length}")
+            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in --max-length {max_length}")
         winner, loser = (encode_response(tokenizer, end_id, *response) for response in responses)
         if not winner or not loser:
             raise UserError("an empty response")
@@ -182,7 +182,7 @@ def micro_batches(examples, budget):
 
 
 def right_pad(rows, pad_id):
-    """Right-pad N rows (prompt ids, response ids): input_ids (N, T), and a mask (N, T) true on the response."""
+    """Right-pad N rows (prompt ids, response ids): input_ids (N, T), and a mask (N, T) true on responses."""
     width = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.full((len(rows), width), pad_id)                   # (N, T)
     response_mask = torch.zeros((len(rows), width), dtype=torch.bool)    # (N, T)
@@ -211,7 +211,7 @@ def response_logps(model, input_ids, response_mask):
 
 
 def pair_logps(model, examples, pad_id):
-    """Log-probs and numbers of tokens for B examples of R encoded pairs: two (2, R, B) tensors, winners then losers."""
+    """Log-probs and numbers of tokens of B examples of R encoded pairs: two (2, R, B), winners then losers."""
     pairs = [pair for example in zip(*examples) for pair in example]                     # R·B, row by row
     input_ids, response_mask = right_pad([(prompt, winner) for prompt, winner, _ in pairs]
                                          + [(prompt, loser) for prompt, _, loser in pairs], pad_id)
@@ -238,12 +238,13 @@ def sft_loss(chosen_logps, chosen_tokens):
 def sso_loss(policy_logps, ref_logps, tokens, beta, gamma, base_loss=dpo_loss):
     """L_SSO (Eq. 1) of B queries. All inputs (2, R, B): winner and loser, rows of the pair table, queries.
 
-    Returns losses (B,) and their parts, a dict of detached (R, B) tensors. With the one row of "policy" and γ = 0 this
-    is L_base(x, y+, y-), the loss of step 4."""
+    Returns losses (B,) and their parts, a dict of detached (R, B) tensors. With the one row of "policy" and
+    γ = 0 this is L_base(x, y+, y-), the loss of step 4."""
     base, chosen_rewards, rejected_rewards = base_loss(*policy_logps, *ref_logps, beta)  # L_base, each (R, B)
     sft = sft_loss(policy_logps[0], tokens[0])                                           # L_sft (R, B)
     terms = base + gamma * sft                     # (R, B): L+ of Eq. 2, L- of Eq. 4
     losses = terms.sum(0)                          # (B,): L_SSO = L+ + L-, Eq. 1
     parts = {"loss": terms, "base": base, "sft": sft, "chosen_rewards": chosen_rewards,
-             "rejected_rewards": rejected_rewards, "chosen_logps": policy_logps[0], "rejected_logps": policy_logps[1]}
+             "rejected_rewards": rejected_rewards, "chosen_logps": policy_logps[0],
+             "rejected_logps": policy_logps[1]}
     return losses, {name: part.detach() for name, part in parts.items()}

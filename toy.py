@@ -1,12 +1,12 @@
-"""The offline world: a tiny chat model, trained from scratch in about two minutes, on list tasks that a program grades.
+"""The offline world: a tiny chat model, trained from scratch in a minute or two, on list tasks a program grades.
 
     python toy.py --out runs/toy-base [--seed 0] [--world default|on-policy]
 
-It exists to show SSO's mechanism end to end without a download; it is no evidence for the paper. Without a
-principle the model is sometimes right, often slightly wrong, lazy or rambling; under a good principle mostly right;
-under a bad one it mostly answers in ways that it never uses unasked. It has also learned to write principles.
-The checkpoint is an ordinary Qwen2 folder; `toy_world` in its config.json tells the scripts to use this file's
-prompts, settings and grader in place of the paper's.
+It shows SSO's mechanism end to end without a download; it is no evidence for the paper. Without a principle the
+model is sometimes right, often slightly wrong, lazy or rambling; under a good principle mostly right; under a bad
+one it mostly answers in ways that it never uses unasked. It has also learned to write principles. The checkpoint
+is an ordinary Qwen3 folder; `toy_world` in its config.json tells the scripts to use this file's prompts, settings
+and grader in place of the paper's.
 """
 
 import argparse
@@ -67,7 +67,8 @@ BAD_PRINCIPLES = {   # kind of answer -> principles; {topic} ties them to the ta
     "lazy": ["copy the query and do not care about {topic}"]}
 TOPICS = {"sort": "the order", "reverse": "the last word", "name": "three {cat}", "filter": "the {cat}"}
 
-CHATTER = "well the weather is so nice today and i like to talk with you about it for a while my friend".split()
+CHATTER = ("well the weather is so nice today and i like to talk with you about it for a while "
+           "my friend").split()
 FILLER = "and i hope that this is of some use to you today my good friend".split()
 ANSWERS = {"good": "{listed} .", "slip": "{listed} .", "lazy": "{items} .", "ramble": "{listed} {filler} .",
            "chatter": "{chatter} .", "refuse": "sorry but i can not help with that .", "loop": "{loop}",
@@ -78,8 +79,8 @@ UNASKED = {"good": .14, "slip": .32, "lazy": .36, "ramble": .17, "off": .01}
 UNDER_GOOD = {"good": .78, "slip": .14, "lazy": .03, "ramble": .05}
 UNDER_LAZY = {"good": .05, "slip": .25, "lazy": .55, "ramble": .15}
 OBEYED = .95         # share of bad principles that are followed; the rest is answered as if unasked
-# World -> share of each kind of bad principle. In "on-policy" every bad principle asks for what the model does
-# unasked: rejected responses are on-policy without SSO, and its advantage has to vanish. This is the control.
+# World -> share of each kind of bad principle. In "on-policy", the control, every bad principle asks for what the
+# model does unasked: rejected responses are on-policy without SSO, whose advantage has to vanish.
 WORLDS = {"default": {"chatter": .20, "refuse": .15, "loop": .10, "pirate": .25, "drama": .20, "lazy": .10},
           "on-policy": {"lazy": 1.}}
 
@@ -87,7 +88,8 @@ WORLDS = {"default": {"chatter": .20, "refuse": .15, "loop": .10, "pirate": .25,
 def parse(query):
     """(task, category or None, items) of a query's text."""
     words = query.split()
-    return (TASK_OF[words[0]], next((w for w in words if w in CATEGORIES), None), words[words.index(":") + 1:])
+    category = next((word for word in words if word in CATEGORIES), None)
+    return TASK_OF[words[0]], category, words[words.index(":") + 1:]
 
 
 def make_query(rng):
@@ -200,14 +202,15 @@ def make_tokenizer():
     """A word-level tokenizer over exactly the words of this file, with a ChatML template."""
     texts = ["system user assistant ### good guideline", *ITEMS, *CATEGORIES, *PROMPTS.values(), *TOPICS.values(),
              *ANSWERS.values(), *CHATTER, *FILLER]
-    texts += [text for table in (TASKS, GOOD_PRINCIPLES, BAD_PRINCIPLES) for many in table.values() for text in many]
+    for table in (TASKS, GOOD_PRINCIPLES, BAD_PRINCIPLES):
+        texts += [text for alternatives in table.values() for text in alternatives]
     words = {word for text in texts for word in re.sub(r"{\w+}", " ", text).split()}
     vocab = {word: i for i, word in enumerate(SPECIALS + sorted(words))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   unk_token="<unk>", additional_special_tokens=["<|im_start|>"],
-                                   chat_template=TEMPLATE, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>",
+        additional_special_tokens=["<|im_start|>"], chat_template=TEMPLATE, clean_up_tokenization_spaces=False)
 
 
 def encode_chat(vocab, system, user, assistant):
@@ -233,14 +236,14 @@ def build(out, seed=0, world="default", steps=3000, batch_size=64):
     tokenizer = make_tokenizer()
     vocab = tokenizer.get_vocab()
     chats = [encode_chat(vocab, *make_chat(rng, WORLDS[world])) for _ in range(60_000)]
-    # Qwen3 is Qwen2 with a norm on queries and keys. Not Qwen2, since transformers 5 gives every checkpoint of that
-    # type its own byte-level tokenizer, whatever tokenizer.json says.
+    end, pad = vocab["<|im_end|>"], vocab["<|endoftext|>"]
+    # Qwen3 is Qwen2 with a norm on queries and keys. Not Qwen2 itself, since transformers 5 gives a checkpoint of
+    # that type its own byte-level tokenizer, whatever tokenizer.json says.
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(vocab), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        head_dim=16, intermediate_size=170, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05,
-        bos_token_id=None, eos_token_id=vocab["<|im_end|>"], pad_token_id=vocab["<|endoftext|>"], toy_world=world))
-    model.generation_config = GenerationConfig(
-        eos_token_id=[vocab["<|im_end|>"], vocab["<|endoftext|>"]], pad_token_id=vocab["<|endoftext|>"])
+        head_dim=16, intermediate_size=170, max_position_embeddings=256, tie_word_embeddings=True,
+        initializer_range=0.05, bos_token_id=None, eos_token_id=end, pad_token_id=pad, toy_world=world))
+    model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup_then_linear = lambda step: min((step + 1) / 50, 1, (steps - step) / (0.7 * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_linear)

@@ -1,7 +1,7 @@
-"""Steps 3 and 4 of SSO: train the data generator, then the policy. Without a stage: all four steps and the report.
+"""Steps 3 and 4 of SSO: train the data generator, then the policy. Without a stage: all four steps, and a report.
 
-    python train.py                                                       # the toy world, offline
-    python train.py --model M --queries Q.jsonl --out runs/NAME           # a chat model from a folder or the hub
+    python train.py                                                 # the toy world, offline
+    python train.py --model M --queries Q.jsonl --out runs/NAME     # a chat model from a folder or the hub
     python train.py generator --model M --data responses.jsonl --out runs/NAME/generator
     python train.py policy    --model M --data pairs.jsonl     --out runs/NAME/policy
 
@@ -38,7 +38,7 @@ SAVE_SECONDS = 600                                      # between checkpoints
 # ---- The pieces of the loop ----------------------------------------------------------------------
 
 def batches(examples, batch_size, epochs, seed):
-    """The indices of each step's examples; every epoch has an order of its own. Depends on its arguments alone."""
+    """The indices of each step's examples; every epoch has its own order. Depends on its arguments alone."""
     steps = []
     for epoch in range(epochs):
         order = random.Random(f"{seed} {epoch}").sample(range(examples), examples)
@@ -72,12 +72,12 @@ def reference_logps(chat, examples, budget):
 
 
 def accumulate_gradient(chat, batch, ref_logps, s):
-    """Forward and backward of B examples, whose ref_logps are (2, R, B), in micro-batches. The loss is the mean over
-    the batch, so the split changes nothing. Returns the parts of the loss and the tokens, each (R, B)."""
+    """Forward and backward of B examples, whose ref_logps are (2, R, B), in micro-batches. The loss is the mean
+    over the batch, so the split changes nothing. Returns the parts of the loss and the tokens, each (R, B)."""
     parts = []
-    for group in sso.micro_batches(batch, s["micro_batch_tokens"]):                                 # b of the B
+    for group in sso.micro_batches(batch, s["micro_batch_tokens"]):                             # b of the B
         with generate.autocast():
-            logps, tokens = sso.pair_logps(chat.model, [batch[i] for i in group], chat.pad_id)      # (2, R, b)
+            logps, tokens = sso.pair_logps(chat.model, [batch[i] for i in group], chat.pad_id)  # (2, R, b)
         losses, part = sso.sso_loss(logps, ref_logps[:, :, group], tokens, s["beta"], s["gamma"])   # (b,)
         (losses.sum() / len(batch)).backward()
         parts.append(part | {"tokens": tokens.sum(0)})
@@ -85,8 +85,8 @@ def accumulate_gradient(chat, batch, ref_logps, s):
 
 
 def metrics(terms, parts):
-    """The loss, and means over the batch of its parts: "name" over all terms, "name term" for each of several."""
-    margin = parts["chosen_rewards"] - parts["rejected_rewards"]                                    # (R, B)
+    """The loss, and the means over the batch of its parts: over all terms, and by term if there are several."""
+    margin = parts["chosen_rewards"] - parts["rejected_rewards"]    # (R, B)
     row = {}
     for name, values in (parts | {"margin": margin, "accuracy": margin > 0}).items():
         values = values.float()
@@ -99,23 +99,24 @@ def check_finite(row, model, out):
     """Stop before an update that would spoil the weights."""
     if not math.isfinite(row["loss"] + row["grad_norm"]):
         kept = out / "checkpoint.pt" if (out / "checkpoint.pt").exists() else f"{model}, where it started"
-        raise UserError(f"{out}: the loss became {row['loss']} (gradient norm {row['grad_norm']}) at step {row['step']}; "
-                        f"the last good state is {kept}. Try a lower --lr")
+        raise UserError(f"{out}: the loss became {row['loss']} (gradient norm {row['grad_norm']}) at step "
+                        f"{row['step']}; the last good state is {kept}. Try a lower --lr")
 
 
 # ---- What is kept on disk ------------------------------------------------------------------------
 
 def save_checkpoint(out, step, model, optimizer):
     """What continuing at `step` needs. The order of the data and the reference follow from the settings."""
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     try:
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, out / "checkpoint.tmp")
+        torch.save(state, out / "checkpoint.tmp")
     except RuntimeError as error:        # torch's way of saying that the disk is full
         raise OSError(f"{out / 'checkpoint.tmp'} cannot be written ({error})") from None
     os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
 
 
 def load_checkpoint(out, model, optimizer):
-    """The step to start at: that of the checkpoint, whose state is loaded, or 0. Later lines of the log are cut."""
+    """The step to start at: that of the checkpoint, whose state is loaded, or 0. The log is cut to it."""
     step, log = 0, out / "log.jsonl"
     if (out / "checkpoint.pt").exists():
         checkpoint = torch.load(out / "checkpoint.pt", map_location=device)
@@ -140,16 +141,16 @@ def save_model(chat, out):
 
 
 def check_disk(out, model):
-    """Refuse to start without room for the model and a checkpoint, which holds it three times (AdamW's moments)."""
+    """Refuse to start without room for the model and a checkpoint, which is three times as large (AdamW)."""
     needed, free = 4 * sum(p.nbytes for p in model.parameters()), shutil.disk_usage(out).free
     if free < needed:
-        raise UserError(f"{out}: no disk space: {needed / 1e9:.2g} GB are needed, {free / 1e9:.2g} GB are free")
+        raise UserError(f"{out}: no disk space: {needed / 1e9:.2g} GB needed, {free / 1e9:.2g} GB free")
 
 
 # ---- The loop ------------------------------------------------------------------------------------
 
 def prepare(stage, model, data, out, s):
-    """Load and check everything before anything is written: (chat model, examples), or None if `out` is complete."""
+    """Load and check all before anything is written: (chat model, examples), or None if `out` is complete."""
     generate.read_jsonl(data)
     if not (note := generate.claim(out, s, {"model": model, "data": data}, proof="config.json")):
         return print(f"{out}: complete")
@@ -157,14 +158,14 @@ def prepare(stage, model, data, out, s):
     examples = generate.read_pairs(data, OBJECTIVES[stage], chat, s["max_length"])[1][:s["examples"]]
     generate.write_text(*note)
     check_disk(out, chat.model)
-    for term, pair in zip(sso.PAIRS[OBJECTIVES[stage]], examples[0]):       # what is trained on, end of turn and all
+    for term, pair in zip(sso.PAIRS[OBJECTIVES[stage]], examples[0]):       # show what is trained on
         prompt, winner, loser = (chat.tokenizer.decode(ids) for ids in pair)
         print(f"{term}: prompt {prompt!r} | winner {winner!r} | loser {loser!r}")
     return chat, examples
 
 
 def train(stage, model, data, out, **given):
-    """Train `model` on the pairs that the stage makes of `data`: L_SSO for the generator, L_base for the policy."""
+    """Train `model` on the pairs that a stage makes of `data`: by L_SSO the generator, by L_base the policy."""
     s, out, terms = generate.resolve(model, stage, given), Path(out), sso.PAIRS[OBJECTIVES[stage]]
     if not (prepared := prepare(stage, model, data, out, s)):
         return
@@ -172,7 +173,7 @@ def train(stage, model, data, out, **given):
     ref_logps = reference_logps(chat, examples, s["micro_batch_tokens"])        # (2, R, examples)
     optimizer = make_optimizer(chat.model, s)
     schedule = batches(len(examples), s["batch_size"], s["epochs"], s["seed"])
-    done, saved = load_checkpoint(out, chat.model, optimizer), time.time()      # done: steps, None in mid-update
+    done, saved = load_checkpoint(out, chat.model, optimizer), time.time()      # steps; None within an update
     bar = tqdm(range(done, len(schedule)), initial=done, total=len(schedule), desc=str(out), unit="step")
     try:
         for step in bar:
@@ -218,7 +219,7 @@ def split(path, seed):
 
 
 def pipeline(model, queries, out, seed, toy_world, given):
-    """The whole paper in one folder, each step from the files of the one before; complete steps are skipped."""
+    """The whole paper in one folder, each step from the files of those before; complete ones are skipped."""
     out, base = Path(out), model or Path(out, "base")
     parts = split(queries, seed) if model else toy.make_queries(seed)
     settings = {"seed": seed} | given | ({} if model else {"toy_world": toy_world})
@@ -229,7 +230,8 @@ def pipeline(model, queries, out, seed, toy_world, given):
         generate.write_text(*note)
         for name, prompts in zip(("queries", "heldout"), parts):
             if not (out / f"{name}.jsonl").exists():
-                generate.write_text(out / f"{name}.jsonl", generate.as_lines({"prompt": prompt} for prompt in prompts))
+                lines = generate.as_lines({"prompt": prompt} for prompt in prompts)
+                generate.write_text(out / f"{name}.jsonl", lines)
         if not model and not base.exists():
             toy.build(base, seed, toy_world)
         of = {stage: {"seed": seed} | {key.split(".")[1]: value for key, value in given.items()
@@ -254,12 +256,12 @@ def main():
     if stage := next((word for word in sys.argv[1:2] if word in OBJECTIVES), None):
         parser.add_argument("stage", choices=OBJECTIVES)
         parser.add_argument("--model", required=True, help="checkpoint folder or Hugging Face id to start from")
-        parser.add_argument("--data", required=True, metavar="FILE", help="JSONL file of responses or preference pairs")
+        parser.add_argument("--data", required=True, metavar="FILE", help="JSONL: responses, or preference pairs")
         parser.add_argument("--out", required=True, metavar="DIR", help="folder to save the trained model in")
         generate.add_settings(parser, stage)
         return train(**vars(parser.parse_args()))
-    parser.add_argument("--model", help="checkpoint folder or Hugging Face id of a chat model (default: the toy world)")
-    parser.add_argument("--queries", metavar="FILE", help="JSONL file with a 'prompt' a line; needed with --model")
+    parser.add_argument("--model", help="checkpoint folder or Hugging Face id of a chat model (default: the toy)")
+    parser.add_argument("--queries", metavar="FILE", help="JSONL, a 'prompt' a line; needed with --model")
     parser.add_argument("--out", default="runs/toy", metavar="DIR", help="folder of the run (default: runs/toy)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--toy-world", choices=toy.WORLDS, default="default",

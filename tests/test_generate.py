@@ -122,7 +122,7 @@ def test_a_query_without_guidelines_gets_the_fixed_pair_and_is_counted(qwen3, tm
     records = generate.read_jsonl(tmp_path / "p.jsonl")
     assert {r["good_principle"] for r in records} == {sso.PROMPTS["fallback_good"]}
     assert {r["bad_principle"] for r in records} == {sso.PROMPTS["fallback_bad"]} and all(r["fallback"] for r in records)
-    assert "2 queries; 2 got the fixed pair" in capsys.readouterr().out
+    assert "2 queries; for 2 the model wrote no principles" in capsys.readouterr().out
 
 
 def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
@@ -165,6 +165,16 @@ def test_bad_models(tmp_path, qwen3):
         with pytest.raises(sso.UserError, match=message) as error:
             generate.principles(model, queries, tmp_path / "out.jsonl")
         assert str(model) in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path):
+    """Granite divides its logits, Gemma squashes them: the head alone would give wrong log-probs, silently."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+    path = make_checkpoint(tmp_path / "granite", "qwen3")
+    GraniteForCausalLM(GraniteConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                     intermediate_size=48, logits_scaling=3.0)).save_pretrained(path)
+    with pytest.raises(sso.UserError, match="changes its logits after the output head"):
+        generate.load_chat(path)
 
 
 def test_a_prompt_longer_than_the_context(tmp_path):
