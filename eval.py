@@ -2,10 +2,10 @@
 
     python eval.py data pairs.jsonl [more.jsonl] --policy M
     python eval.py policy M [N ...] --queries heldout.jsonl
-    python eval.py report runs/NAME [runs/OTHER ...]    # one run: its table; several: mean ± sd, paired differences
+    python eval.py report runs/NAME [runs/OTHER ...]    # a run's table; of several, mean ± sd
 
-A response's on-policy probability is exp(mean token log-prob) under the policy without principle. Accuracy and
-quality are what the toy world's grader says; for a real model there is no judge yet, and the tables say so.
+A response's on-policy probability is exp(mean token log-prob) under the policy without principle. Accuracy
+and quality are what the toy world's grader says; a real model has no judge yet, and the tables say so.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import generate
 import sso
 import toy
 
-COLUMNS = ["pairs", "accuracy", "ties", "p(chosen)", "p(rejected)", "quality", "win rate", "words"]   # of the report
+REPORT = ["pairs", "accuracy", "ties", "p(chosen)", "p(rejected)", "quality", "win rate", "words"]
 
 
 def stat(values):
@@ -39,14 +39,15 @@ def win(a, b):
 
 @torch.no_grad()
 def data(path, policy):
-    """Measures of a preference file: pairs, accuracy, on-policy probability of chosen, rejected and both under
-    `policy`, lengths in tokens. Pairs that were dropped as equal or empty count as ties."""
+    """Measures of a preference file: pairs, accuracy, on-policy probability of chosen, rejected and both
+    under `policy`, lengths in tokens. Pairs that were dropped as equal or empty count as ties."""
     chat, s = generate.load_chat(policy), generate.resolve(policy, "policy", {})
     records, examples = generate.read_pairs(path, "policy", chat, s["max_length"])
     probs, lengths = torch.zeros(2, len(examples)), torch.zeros(2, len(examples))      # chosen, rejected
-    for group in tqdm(sso.micro_batches(examples, s["micro_batch_tokens"]), desc=f"scoring {path}", leave=False):
+    groups = sso.micro_batches(examples, s["micro_batch_tokens"])
+    for group in tqdm(groups, desc=f"scoring {path}", leave=False):
         with generate.autocast():
-            logps, tokens = sso.pair_logps(chat.model, [examples[i] for i in group], chat.pad_id)   # (2, 1, b)
+            logps, tokens = sso.pair_logps(chat.model, [examples[i] for i in group], chat.pad_id)  # (2, 1, b)
         probs[:, group] = (logps / tokens).exp()[:, 0].cpu()
         lengths[:, group] = tokens[:, 0].float().cpu()
     measures = {"pairs": len(records), "accuracy": "no judge"}
@@ -55,7 +56,8 @@ def data(path, policy):
                              record.get(f"{column}_finished", True)) for column in ("chosen", "rejected")]
                   for record in records]
         wins = [win(*pair) for pair in grades] + [0.5] * sum(generate.dropped(path).values())
-        measures |= {"accuracy": stat([float(w == 1) for w in wins]), "ties": stat([float(w == 0.5) for w in wins])}
+        measures["accuracy"] = stat([float(w == 1) for w in wins])
+        measures["ties"] = stat([float(w == 0.5) for w in wins])
     for name, values in (("p(chosen)", probs[0]), ("p(rejected)", probs[1]), ("p(both)", probs.mean(0)),
                          ("tokens chosen", lengths[0]), ("tokens rejected", lengths[1])):
         measures[name] = stat(values.tolist())
@@ -63,14 +65,14 @@ def data(path, policy):
 
 
 def policies(models, queries, folder, **given):
-    """Measures of the answers of `models` (name -> checkpoint) to `queries` without principle: quality, and win, tie
-    and loss against the first model. The answers are kept in `folder`."""
+    """Measures of the answers of `models` (name -> checkpoint) to `queries` without principle: quality, and
+    win, tie and loss against the first model. The answers are kept in `folder`."""
     measures, first = {}, None
     for name, model in models.items():
         path = Path(folder, "answers_" + re.sub(r"[^-.\w]", "_", str(name)) + ".jsonl")
         generate.responses(model, queries, path, roles=("original",), **given)
-        answers = [(record["prompt"][-1]["content"], record["original"][-1]["content"], record["original_finished"])
-                   for record in generate.read_jsonl(path)]
+        answers = [(r["prompt"][-1]["content"], r["original"][-1]["content"], r["original_finished"])
+                   for r in generate.read_jsonl(path)]
         measures[name] = {"quality": "no judge", "win rate": "no judge",
                           "words": stat([len(text.split()) for _, text, _ in answers]),
                           "finished": stat([float(finished) for *_, finished in answers])}
@@ -79,7 +81,8 @@ def policies(models, queries, folder, **given):
             first = first or quality
             wins = [win(*pair) for pair in zip(quality, first)]
             measures[name] |= {"quality": stat(quality), "win rate": stat(wins)}
-            measures[name] |= {word: wins.count(w) / len(wins) for word, w in (("win", 1), ("tie", 0.5), ("loss", 0))}
+            for word, score in (("win", 1), ("tie", 0.5), ("loss", 0)):
+                measures[name][word] = wins.count(score) / len(wins)
     return measures
 
 
@@ -95,12 +98,13 @@ def write_report(out, base, given):
 
 
 def print_table(rows, columns):
-    """Print {row: {column: cell}} as a Markdown table. A cell is a mean with its spread, a number or a word."""
+    """Print {row: {column: cell}} as Markdown. A cell is a mean with its spread, a number or a word."""
     def show(cell):
         if isinstance(cell, dict):
             return f"{cell['mean']:.3f} ± {cell.get('sd', cell.get('se')):.3f}"
         return "-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)
-    table = [["", *columns]] + [[str(name), *(show(row.get(column)) for column in columns)] for name, row in rows.items()]
+    table = [["", *columns]]
+    table += [[str(name), *(show(row.get(column)) for column in columns)] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
     for line in table:
@@ -108,7 +112,7 @@ def print_table(rows, columns):
 
 
 def print_report(folders):
-    """The table of a run; of several runs mean ± sd over the runs, and paired differences with standard errors."""
+    """The table of a run; of several mean ± sd over runs, and paired differences ± standard error."""
     runs = []
     for folder in folders:
         path = Path(folder, "report.json")
@@ -117,30 +121,30 @@ def print_report(folders):
         runs.append(json.loads(path.read_text(encoding="utf-8")))
     if len(runs) == 1:
         print("\nmean ± standard error over pairs and over held-out queries; dropped pairs count as ties:\n")
-        return print_table(runs[0], COLUMNS)
+        return print_table(runs[0], REPORT)
 
     def means(name, column):            # one a run; none if a run does not have it
         cells = [run[name].get(column) for run in runs]
         return [cell["mean"] for cell in cells] if all(isinstance(cell, dict) for cell in cells) else []
     rows = {name: {column: {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
-                   for column in COLUMNS if (values := means(name, column))} for name in runs[0]}
+                   for column in REPORT if (values := means(name, column))} for name in runs[0]}
     paired = {f"{a} - {b}": {column: stat([x - y for x, y in zip(means(a, column), means(b, column))])
-                             for column in COLUMNS if means(a, column) and means(b, column)}
+                             for column in REPORT if means(a, column) and means(b, column)}
               for a, b in (("PBAA", "base"), ("SSO", "base"), ("SSO", "PBAA"))}
     print(f"mean ± standard deviation over {len(runs)} runs:\n")
-    print_table(rows, COLUMNS[1:])
+    print_table(rows, REPORT[1:])
     print("\npaired difference ± standard error over runs:\n")
-    print_table(paired, COLUMNS[1:])
+    print_table(paired, REPORT[1:])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("data", help="measure preference files")
     command.add_argument("files", nargs="+", metavar="F", help="preference file (JSONL)")
-    command.add_argument("--policy", required=True, metavar="M", help="the policy: checkpoint folder or Hugging Face id")
+    command.add_argument("--policy", required=True, metavar="M", help="checkpoint folder or Hugging Face id")
     command = commands.add_parser("policy", help="measure policies by their answers")
-    command.add_argument("models", nargs="+", metavar="M", help="checkpoint folders or ids, compared with the first")
+    command.add_argument("models", nargs="+", metavar="M", help="checkpoints; the first is compared with")
     command.add_argument("--queries", required=True, metavar="FILE", help="held-out queries (JSONL)")
     command.add_argument("--out", metavar="DIR", help="keep the answers here, and continue from them")
     generate.add_settings(command, "responses")

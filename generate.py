@@ -1,14 +1,14 @@
-"""Steps 1 and 2 of SSO, and the sampling half of step 4: a model writes principles, then answers under them.
+"""Steps 1 and 2 of SSO, and the sampling of step 4: a model writes principles, then answers under them.
 
     python generate.py principles --model M --queries Q.jsonl --out principles.jsonl
     python generate.py responses --model M --principles principles.jsonl --out responses.jsonl
-    python generate.py responses --model GENERATOR --principles principles.jsonl --roles good bad --out pairs.jsonl
+    python generate.py responses --model G --principles principles.jsonl --out pairs.jsonl --roles good bad
 
-Responses are a standard preference file (prompt, chosen, rejected as message lists) with more columns. While a
-file grows, a line a record, it is called OUT.partial, and the same command continues it: each batch draws from its
-own seed. OUT itself is always complete. Its settings stand in OUT.args.json.
+Responses are a standard preference file (prompt, chosen, rejected as message lists) with more columns.
+While a file grows, a line a record, it is called OUT.partial, and the same command continues it: each batch
+draws from its own seed. OUT itself is always complete. Its settings stand in OUT.args.json.
 
-Simpler than the authors' code: one answer holds both principles. Batches are static, each as long as its longest.
+Simpler than the authors' code: one answer holds both principles. Batches are static.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def read_jsonl(path):
             if isinstance(messages, str):
                 messages = [{"role": "user" if column == "prompt" else "assistant", "content": messages}]
             if not messages or not isinstance(messages, list) or not all(
-                    isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in messages):
+                    isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str}
+                    for m in messages):
                 raise UserError(f"{path}, line {number}: {column!r} is neither a text nor a list of messages")
             record[column] = messages
         records.append(record)
@@ -94,16 +95,17 @@ def as_lines(records):
 
 
 def fingerprint(path):
-    """A hash of size and first MiB of a data file, or of each of a checkpoint's weights; constant for a hub id."""
+    """A hash of size and first MiB of a data file, or of each of a checkpoint's weights; constant for a hub
+    id."""
     files = [file for file in sorted(Path(path).glob("*.safetensors")) or [Path(path)] if file.is_file()]
     heads = [b"%d" % file.stat().st_size + file.open("rb").read(2**20) for file in files]
     return hashlib.sha256(b"".join(heads)).hexdigest()[:12]
 
 
 def claim(out, settings, inputs, proof=None):
-    """None if an output is complete; an error if it was made with other settings; else what to `write_text` as a
-    note of its settings, once its inputs (name -> path) have proved good. An output that is a folder names the file
-    in it that is written last, and so proves it complete."""
+    """None if an output is complete; an error if it was made with other settings; else what to `write_text`
+    as a note of its settings, once its inputs (name -> path) have proved good. An output that is a folder
+    names the file in it that is written last, and so proves it complete."""
     note, done = (f"{out}/args.json", f"{out}/{proof}") if proof else (f"{out}.args.json", out)
     settings = dict(settings)
     for name, path in inputs.items():
@@ -112,8 +114,8 @@ def claim(out, settings, inputs, proof=None):
     before = json.loads(Path(note).read_text(encoding="utf-8")) if os.path.exists(note) else settings
     for key, value in settings.items():
         if before.get(key) != value:
-            raise UserError(f"{out} was made with {key} = {before.get(key)!r}, not {value!r}: choose another --out, "
-                            f"or delete {out} and {note} to make it again")
+            raise UserError(f"{out} was made with {key} = {before.get(key)!r}, not {value!r}: choose another "
+                            f"--out, or delete {out} and {note} to make it again")
     if os.path.exists(done) and not os.path.exists(note):
         raise UserError(f"{out} exists and was not made by this command; choose another --out")
     return None if os.path.exists(done) else (note, json.dumps(settings, indent=1))
@@ -148,8 +150,8 @@ def load_tokenizer(path):
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         what = "not a checkpoint folder" if Path(path).is_dir() else (
-            "no such folder, nor can it be reached on the Hugging Face hub; to work offline, fetch it where there "
-            f"is a network (hf download {path} --local-dir DIR) and name that folder")
+            "no such folder, nor can it be reached on the Hugging Face hub; to work offline, fetch it where "
+            f"there is a network (hf download {path} --local-dir DIR) and name that folder")
         raise UserError(f"model {path}: {what} ({str(error).strip().splitlines()[0]})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"model {path}: it has no chat template; use a chat (instruct) model")
@@ -159,8 +161,8 @@ def load_tokenizer(path):
     except jinja2.TemplateError:
         text = ""
     if "zebra" not in text:
-        raise UserError(f"model {path}: its chat template has no system message, which carries the principle; use a "
-                        "model that has one, or give it a template that puts it before the user's text")
+        raise UserError(f"model {path}: its chat template has no system message, which carries principles. "
+                        "Use a model that has one, or give it a template that puts it before the user's text")
     return tokenizer
 
 
@@ -168,23 +170,29 @@ def load_chat(path, dtype=torch.float32):
     """Load a chat model from a folder or the Hugging Face hub."""
     tokenizer = load_tokenizer(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:          # say, a temperature without do_sample: transformers would refuse to save it
+        model.generation_config.do_sample = True
     probe = torch.tensor([[0, 1]], device=device)
     with torch.no_grad():       # `sso.response_logps` takes the head's logits for the model's
         logits = model.get_output_embeddings()(model.base_model(probe).last_hidden_state)
         if not torch.equal(logits, model(probe).logits):
-            raise UserError(f"model {path}: it changes its logits after the output head, which is not supported")
+            raise UserError(f"model {path}: it changes its logits after the output head: not supported")
     ids = model.generation_config.eos_token_id
     stop_ids = sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
     pad_id = stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id      # always masked
-    return Chat(model, tokenizer, stop_ids, sso.end_of_turn_id(tokenizer, stop_ids), pad_id, world(path).PROMPTS)
+    end_id = sso.end_of_turn_id(tokenizer, stop_ids)
+    return Chat(model, tokenizer, stop_ids, end_id, pad_id, world(path).PROMPTS)
 
 
 def load_sampler(path):
-    """`load_chat` for sampling: bf16 on CUDA, and none of the checkpoint's own sampling settings (Qwen2.5 brings a
-    repetition penalty and top-k), so that responses are the policy's own."""
+    """`load_chat` for sampling: bf16 on CUDA, and none of the checkpoint's own sampling settings (Qwen2.5
+    brings a repetition penalty and top-k), so that responses are the policy's own."""
     chat = load_chat(path, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    ignored = {key: value for key, value in chat.model.generation_config.to_diff_dict().items()
-               if not key.endswith(("_token_id", "_version")) and not key.startswith("_") and key != "do_sample"}
+    own = chat.model.generation_config.to_diff_dict()
+    ignored = {key: own[key] for key in own
+               if not key.endswith(("_token_id", "_version")) and key[0] != "_" and key != "do_sample"}
     if ignored:
         tqdm.write(f"{path}: ignoring the checkpoint's sampling settings {ignored}")
     chat.model.generation_config = GenerationConfig(eos_token_id=chat.stop_ids, pad_token_id=chat.pad_id)
@@ -192,7 +200,8 @@ def load_sampler(path):
 
 
 def autocast():
-    """bf16 matrix products on CUDA. Weights stay fp32: in bf16, AdamW's step of 5e-7 would be rounded away."""
+    """bf16 matrix products on CUDA. Weights stay fp32: in bf16, AdamW's step of 5e-7 would be rounded
+    away."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -214,20 +223,23 @@ def sample(chat, prompts, seed, s):
         attention_mask[i, width - len(row):] = 1
     torch.manual_seed(seed)
     how = {"do_sample": True, "temperature": s["temperature"], "top_p": s["top_p"], "top_k": 0}
+    if not s["temperature"]:
+        how = {"do_sample": False}
     output = chat.model.generate(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device),
-                                 max_new_tokens=min(s["max_new_tokens"], context - width),
-                                 **(how if s["temperature"] else {"do_sample": False}))      # (N, T + new tokens)
+                                 max_new_tokens=min(s["max_new_tokens"], context - width), **how)
     responses = []
     for ids in output[:, width:].tolist():
         length = next((i for i, token in enumerate(ids) if token in chat.stop_ids), len(ids))
-        text = chat.tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = chat.tokenizer.decode(ids[:length], skip_special_tokens=True,
+                                     clean_up_tokenization_spaces=False)
         responses.append((text, length < len(ids), min(length + 1, len(ids))))
     return responses
 
 
 def generate_file(out, records, make, s, reject=lambda record: None):
-    """Make a record from each of `records` by `make(batch, seed)` -> (new records, tokens), a batch at a time, in
-    OUT.partial; then write those against which `reject(record)` names no reason to OUT, in the order of the input."""
+    """Make a record from each of `records` by `make(batch, seed)` -> (new records, tokens), a batch at a
+    time, in OUT.partial; then write those against which `reject(record)` names no reason to OUT, in the
+    order of the input."""
     partial, note, size = Path(f"{out}.partial"), Path(f"{out}.args.json"), s["batch_size"]
     lines = partial.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if partial.exists() else []
     lines = lines[:len(lines) // size * size]      # whole batches; the last line may be cut off, too
@@ -239,7 +251,8 @@ def generate_file(out, records, make, s, reject=lambda record: None):
             total=len(order), initial=len(lines), desc=Path(out).name, unit="query") as bar:
         tokens = 0
         for start in range(len(lines), len(order), size):
-            made, new = make(order[start:start + size], s["seed"] * 1_000_003 + 3 * start)      # a seed for each role
+            seed = s["seed"] * 1_000_003 + 3 * start       # of this batch; three, for there are three roles
+            made, new = make(order[start:start + size], seed)
             file.write(as_lines(made))
             file.flush()
             tokens += new
@@ -286,7 +299,7 @@ def principles(model, queries, out, **given):
 
     generate_file(out, records, make, s)
     fallbacks = sum(record["fallback"] for record in read_jsonl(out))
-    print(f"{out}: {len(records)} queries; for {fallbacks} the model wrote no principles, and they got the fixed pair")
+    print(f"{out}: {len(records)} queries; {fallbacks} got the fixed pair, as the model wrote no principles")
 
 
 def teaches_nothing(record):
@@ -298,8 +311,8 @@ def teaches_nothing(record):
 
 
 def responses(model, principles, out, roles=tuple(sso.COLUMNS), **given):
-    """Step 2, and with the data generator as model the pairs of step 4: write to OUT the responses y+ (chosen), y-
-    (rejected) and yo (original) to each query, those of `roles`."""
+    """Step 2, and with the data generator as model the pairs of step 4: write to OUT the responses y+
+    (chosen), y- (rejected) and yo (original) to each query, those of `roles`."""
     s, records = resolve(model, "responses", given), read_jsonl(principles)
     for record in records:
         for role in {"good", "bad"} & set(roles):
@@ -337,7 +350,8 @@ def add_settings(parser, stage, prefix="--"):
 
 
 def run(main):
-    """Run a script's main(): bad input, a full disk and Ctrl-C end in one line and a code that is not zero."""
+    """Run a script's main(): bad input, a full disk and Ctrl-C end in one line and a code that is not
+    zero."""
     try:
         main()
     except UserError as error:
@@ -351,11 +365,11 @@ def run(main):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, source in (("principles", "queries"), ("responses", "principles")):
         command = commands.add_parser(name)
-        command.add_argument("--model", required=True, help="checkpoint folder or Hugging Face id of a chat model")
+        command.add_argument("--model", required=True, help="checkpoint folder or Hugging Face id")
         command.add_argument(f"--{source}", required=True, metavar="FILE", help="JSONL, a 'prompt' a line")
         command.add_argument("--out", required=True, metavar="FILE", help="JSONL file to write")
         add_settings(command, name)

@@ -1,6 +1,6 @@
-"""Self-Steering Optimization (SSO) as pure functions, in the order in which the paper tells it.
+"""Self-Steering Optimization (SSO) as pure functions, in the order of the paper. No files, no flags.
 
-Paper: Xiang et al., Findings of ACL 2025, arXiv 2410.17131v2; "Eq." below are its equations. No files, no flags.
+Paper: Xiang et al., Findings of ACL 2025, arXiv 2410.17131v2; "Eq." are its equations.
 
 Words. A *role* names a prompt and the response sampled under it:
     good      x+ (system message: good principle p+)     y+
@@ -211,7 +211,7 @@ def response_logps(model, input_ids, response_mask):
 
 
 def pair_logps(model, examples, pad_id):
-    """Log-probs and numbers of tokens of B examples of R encoded pairs: two (2, R, B), winners then losers."""
+    """Log-probs and tokens of B examples of R encoded pairs: two (2, R, B), winners then losers."""
     pairs = [pair for example in zip(*examples) for pair in example]                     # R·B, row by row
     input_ids, response_mask = right_pad([(prompt, winner) for prompt, winner, _ in pairs]
                                          + [(prompt, loser) for prompt, _, loser in pairs], pad_id)

@@ -1,12 +1,12 @@
-"""The offline world: a tiny chat model, trained from scratch in a minute or two, on list tasks a program grades.
+"""The offline world: a tiny chat model, trained from scratch in a minute or two.
 
     python toy.py --out runs/toy-base [--seed 0] [--world default|on-policy]
 
-It shows SSO's mechanism end to end without a download; it is no evidence for the paper. Without a principle the
-model is sometimes right, often slightly wrong, lazy or rambling; under a good principle mostly right; under a bad
-one it mostly answers in ways that it never uses unasked. It has also learned to write principles. The checkpoint
-is an ordinary Qwen3 folder; `toy_world` in its config.json tells the scripts to use this file's prompts, settings
-and grader in place of the paper's.
+A program grades its answers to four list tasks. It shows SSO's mechanism end to end without a download; it is
+no evidence for the paper. Without a principle the model is sometimes right, often slightly wrong, lazy or
+rambling; under a good principle mostly right; under a bad one it mostly answers in ways that it never uses
+unasked. It has also learned to write principles. The checkpoint is a Qwen3 folder; `toy_world` in its
+config.json tells the scripts to use this file's prompts, settings and grader in place of the paper's.
 """
 
 import argparse
@@ -79,8 +79,8 @@ UNASKED = {"good": .14, "slip": .32, "lazy": .36, "ramble": .17, "off": .01}
 UNDER_GOOD = {"good": .78, "slip": .14, "lazy": .03, "ramble": .05}
 UNDER_LAZY = {"good": .05, "slip": .25, "lazy": .55, "ramble": .15}
 OBEYED = .95         # share of bad principles that are followed; the rest is answered as if unasked
-# World -> share of each kind of bad principle. In "on-policy", the control, every bad principle asks for what the
-# model does unasked: rejected responses are on-policy without SSO, whose advantage has to vanish.
+# World -> share of each kind of bad principle. In "on-policy", the control, every bad principle asks for what
+# the model does unasked: rejected responses are on-policy without SSO, whose advantage has to vanish.
 WORLDS = {"default": {"chatter": .20, "refuse": .15, "loop": .10, "pirate": .25, "drama": .20, "lazy": .10},
           "on-policy": {"lazy": 1.}}
 
@@ -200,8 +200,8 @@ TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content']
 
 def make_tokenizer():
     """A word-level tokenizer over exactly the words of this file, with a ChatML template."""
-    texts = ["system user assistant ### good guideline", *ITEMS, *CATEGORIES, *PROMPTS.values(), *TOPICS.values(),
-             *ANSWERS.values(), *CHATTER, *FILLER]
+    texts = ["system user assistant ### good guideline", *ITEMS, *CATEGORIES, *PROMPTS.values(),
+             *TOPICS.values(), *ANSWERS.values(), *CHATTER, *FILLER]
     for table in (TASKS, GOOD_PRINCIPLES, BAD_PRINCIPLES):
         texts += [text for alternatives in table.values() for text in alternatives]
     words = {word for text in texts for word in re.sub(r"{\w+}", " ", text).split()}
@@ -210,7 +210,8 @@ def make_tokenizer():
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>",
-        additional_special_tokens=["<|im_start|>"], chat_template=TEMPLATE, clean_up_tokenization_spaces=False)
+        additional_special_tokens=["<|im_start|>"], chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False)
 
 
 def encode_chat(vocab, system, user, assistant):
@@ -237,14 +238,16 @@ def build(out, seed=0, world="default", steps=3000, batch_size=64):
     vocab = tokenizer.get_vocab()
     chats = [encode_chat(vocab, *make_chat(rng, WORLDS[world])) for _ in range(60_000)]
     end, pad = vocab["<|im_end|>"], vocab["<|endoftext|>"]
-    # Qwen3 is Qwen2 with a norm on queries and keys. Not Qwen2 itself, since transformers 5 gives a checkpoint of
+    # Qwen3 is Qwen2 with a norm on queries and keys. Not Qwen2, since transformers 5 gives a checkpoint of
     # that type its own byte-level tokenizer, whatever tokenizer.json says.
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(vocab), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        head_dim=16, intermediate_size=170, max_position_embeddings=256, tie_word_embeddings=True,
-        initializer_range=0.05, bos_token_id=None, eos_token_id=end, pad_token_id=pad, toy_world=world))
+        vocab_size=len(vocab), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=16, intermediate_size=170, max_position_embeddings=256,
+        tie_word_embeddings=True, initializer_range=0.05, bos_token_id=None,
+        eos_token_id=end, pad_token_id=pad, toy_world=world))
     model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01,
+                                  fused=True)
     warmup_then_linear = lambda step: min((step + 1) / 50, 1, (steps - step) / (0.7 * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_linear)
     queue = []
@@ -276,6 +279,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the toy world's base model from scratch.")
     parser.add_argument("--out", required=True, help="folder to save the checkpoint in")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--world", choices=WORLDS, default="default", help="kinds of bad principles (see WORLDS)")
+    parser.add_argument("--world", choices=WORLDS, default="default", help="kinds of bad principles")
     args = parser.parse_args()
     build(args.out, args.seed, args.world)

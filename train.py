@@ -1,12 +1,14 @@
-"""Steps 3 and 4 of SSO: train the data generator, then the policy. Without a stage: all four steps, and a report.
+"""Steps 3 and 4 of SSO: train the data generator, then the policy. Without a stage: all four steps, and a
+report.
 
     python train.py                                                 # the toy world, offline
     python train.py --model M --queries Q.jsonl --out runs/NAME     # a chat model from a folder or the hub
     python train.py generator --model M --data responses.jsonl --out runs/NAME/generator
     python train.py policy    --model M --data pairs.jsonl     --out runs/NAME/policy
 
-Both stages are the one loop in `train`: they differ in the rows of the pair table. `policy` takes any standard
-preference file. A folder with a config.json is complete; any other is continued by the same command.
+Both stages are the one loop in `train`: they differ in the rows of the pair table. `policy` takes any
+standard preference file. A folder with a config.json is complete; any other is continued by the same
+command.
 
 Simpler than the paper's set-up: one device, full fine-tuning, no packing, no evaluation during training.
 """
@@ -72,8 +74,9 @@ def reference_logps(chat, examples, budget):
 
 
 def accumulate_gradient(chat, batch, ref_logps, s):
-    """Forward and backward of B examples, whose ref_logps are (2, R, B), in micro-batches. The loss is the mean
-    over the batch, so the split changes nothing. Returns the parts of the loss and the tokens, each (R, B)."""
+    """Forward and backward of B examples, whose ref_logps are (2, R, B), in micro-batches. The loss is the
+    mean over the batch, so the split changes nothing. Returns the parts of the loss and the tokens, each
+    (R, B)."""
     parts = []
     for group in sso.micro_batches(batch, s["micro_batch_tokens"]):                             # b of the B
         with generate.autocast():
@@ -85,7 +88,8 @@ def accumulate_gradient(chat, batch, ref_logps, s):
 
 
 def metrics(terms, parts):
-    """The loss, and the means over the batch of its parts: over all terms, and by term if there are several."""
+    """The loss, and the means over the batch of its parts: over all terms, and by term if there are
+    several."""
     margin = parts["chosen_rewards"] - parts["rejected_rewards"]    # (R, B)
     row = {}
     for name, values in (parts | {"margin": margin, "accuracy": margin > 0}).items():
@@ -165,7 +169,8 @@ def prepare(stage, model, data, out, s):
 
 
 def train(stage, model, data, out, **given):
-    """Train `model` on the pairs that a stage makes of `data`: by L_SSO the generator, by L_base the policy."""
+    """Train `model` on the pairs that a stage makes of `data`: by L_SSO the generator, by L_base the
+    policy."""
     s, out, terms = generate.resolve(model, stage, given), Path(out), sso.PAIRS[OBJECTIVES[stage]]
     if not (prepared := prepare(stage, model, data, out, s)):
         return
@@ -252,17 +257,17 @@ def pipeline(model, queries, out, seed, toy_world, given):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     if stage := next((word for word in sys.argv[1:2] if word in OBJECTIVES), None):
         parser.add_argument("stage", choices=OBJECTIVES)
-        parser.add_argument("--model", required=True, help="checkpoint folder or Hugging Face id to start from")
-        parser.add_argument("--data", required=True, metavar="FILE", help="JSONL: responses, or preference pairs")
+        parser.add_argument("--model", required=True, help="checkpoint folder or Hugging Face id")
+        parser.add_argument("--data", required=True, metavar="FILE", help="JSONL: responses or pairs")
         parser.add_argument("--out", required=True, metavar="DIR", help="folder to save the trained model in")
         generate.add_settings(parser, stage)
         return train(**vars(parser.parse_args()))
-    parser.add_argument("--model", help="checkpoint folder or Hugging Face id of a chat model (default: the toy)")
+    parser.add_argument("--model", help="chat model: checkpoint folder or Hugging Face id (default: the toy)")
     parser.add_argument("--queries", metavar="FILE", help="JSONL, a 'prompt' a line; needed with --model")
-    parser.add_argument("--out", default="runs/toy", metavar="DIR", help="folder of the run (default: runs/toy)")
+    parser.add_argument("--out", default="runs/toy", metavar="DIR", help="folder of the run (runs/toy)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--toy-world", choices=toy.WORLDS, default="default",
                         help="on-policy: the control, in which no bad principle asks for anything unusual")

@@ -15,7 +15,7 @@ import generate
 import sso
 import toy
 import train
-from conftest import ROOT, command, write_jsonl
+from conftest import ROOT, command, make_checkpoint, write_jsonl
 
 
 def weights(folder):
@@ -165,6 +165,21 @@ def test_a_loss_that_becomes_nan_stops_with_the_step_and_the_last_good_state(toy
     assert all(torch.isfinite(value).all() for value in kept["model"].values())
     assert not (tmp_path / "p" / "config.json").exists()
     assert all(math.isfinite(row["loss"]) for row in log(tmp_path / "p"))
+
+
+def test_a_checkpoint_with_a_temperature_but_no_do_sample_is_saved(tmp_path):
+    model = make_checkpoint(tmp_path / "model", "qwen3")
+    config = json.loads((model / "generation_config.json").read_text()) | {"do_sample": False, "temperature": 0.6}
+    (model / "generation_config.json").write_text(json.dumps(config))
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}])
+    train.train("policy", model, data, tmp_path / "out")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_no_room_on_the_disk_is_said_before_training(toy_base, toy_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
+    with pytest.raises(sso.UserError, match=r"no disk space: 0.0017 GB needed, 0.001 GB free"):
+        train.train("policy", toy_base, toy_data / "responses.jsonl", tmp_path / "p")
 
 
 # ---- Preference files ----------------------------------------------------------------------------
