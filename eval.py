@@ -23,7 +23,7 @@ import generate
 import sso
 import toy
 
-REPORT = ["pairs", "accuracy", "ties", "p(chosen)", "p(rejected)", "quality", "win rate", "words"]
+REPORT = ["pairs", "answers", "accuracy", "ties", "p(chosen)", "p(rejected)", "quality", "win rate", "words"]
 
 
 def stat(values):
@@ -73,7 +73,7 @@ def policies(models, queries, folder, **given):
         generate.responses(model, queries, path, roles=("original",), **given)
         answers = [(r["prompt"][-1]["content"], r["original"][-1]["content"], r["original_finished"])
                    for r in generate.read_jsonl(path)]
-        measures[name] = {"quality": "no judge", "win rate": "no judge",
+        measures[name] = {"answers": len(answers), "quality": "no judge", "win rate": "no judge",
                           "words": stat([len(text.split()) for _, text, _ in answers]),
                           "finished": stat([float(finished) for *_, finished in answers])}
         if generate.world(model) is toy:
@@ -132,9 +132,9 @@ def print_report(folders):
                              for column in REPORT if means(a, column) and means(b, column)}
               for a, b in (("PBAA", "base"), ("SSO", "base"), ("SSO", "PBAA"))}
     print(f"mean ± standard deviation over {len(runs)} runs:\n")
-    print_table(rows, REPORT[1:])
+    print_table(rows, REPORT[2:])
     print("\npaired difference ± standard error over runs:\n")
-    print_table(paired, REPORT[1:])
+    print_table(paired, REPORT[2:])
 
 
 def main():

@@ -38,16 +38,17 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # ---- Files ---------------------------------------------------------------------------------------
 
 def read_jsonl(path):
-    """The records of a JSONL file, each with an id, its place in the file; prompt and responses, which may be
-    strings, as lists of messages. An error names the file and the line."""
+    """The records of a JSONL file; prompt and responses, which may be strings, as lists of messages. An error
+    names the file and the line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     records = []
-    # Not splitlines(), which would also split at the separators that a text may hold.
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip().split("\n"), 1):
+    # Bytes and not splitlines(), which would also split at separators that a text may hold.
+    for number, line in enumerate(Path(path).read_bytes().rstrip().split(b"\n"), 1):
         try:
-            record = {"id": number - 1} | json.loads(line)
-        except (json.JSONDecodeError, TypeError) as error:
+            record = {} | json.loads(line)
+            json.dumps(record, ensure_ascii=False).encode()     # fails on half a surrogate pair
+        except (ValueError, TypeError) as error:                # not UTF-8, not JSON; not an object
             what = f"line {number}: not a JSON object ({error})" if line or number > 1 else "an empty file"
             raise UserError(f"{path}, {what}; one JSON object a line is expected") from None
         if not record.get("prompt") or not str(record["prompt"]).strip():
@@ -68,6 +69,7 @@ def read_jsonl(path):
 def read_pairs(path, objective, chat, max_length):
     """The records of a preference file, and of each its R encoded pairs (`sso.encode_pairs`)."""
     records, examples = read_jsonl(path), []
+    max_length = min(max_length, chat.context)
     for number, record in enumerate(records, 1):
         try:
             for column in {sso.COLUMNS[role] for row in sso.PAIRS[objective].values() for role in row[1:]}:
@@ -80,6 +82,15 @@ def read_pairs(path, objective, chat, max_length):
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
     return records, examples
+
+
+def read_queries(path):
+    """The records of a file of queries, each a single message of the user."""
+    records = read_jsonl(path)
+    for number, record in enumerate(records, 1):
+        if [message["role"] for message in record["prompt"]] != ["user"]:
+            raise UserError(f"{path}, line {number}: a query is one user message, or a string")
+    return records
 
 
 def write_text(path, text):
@@ -102,23 +113,28 @@ def fingerprint(path):
     return hashlib.sha256(b"".join(heads)).hexdigest()[:12]
 
 
-def claim(out, settings, inputs, proof=None):
-    """None if an output is complete; an error if it was made with other settings; else what to `write_text`
-    as a note of its settings, once its inputs (name -> path) have proved good. An output that is a folder
-    names the file in it that is written last, and so proves it complete."""
-    note, done = (f"{out}/args.json", f"{out}/{proof}") if proof else (f"{out}.args.json", out)
+def claim(out, settings, inputs, done=None, work=None):
+    """None if an output is complete; an error if it was made with other settings, or not by this command;
+    else what to `write_text` as a note of its settings, once its inputs (name -> path) have proved good. For a
+    folder, `done` names the file in it that proves it complete, and `work` those that show it begun."""
+    inside = Path(out) if done else None
+    note = inside / "args.json" if inside else Path(f"{out}.args.json")
+    done = inside / done if inside else Path(out)
+    work = [inside / name for name in work] if inside else [Path(f"{out}.partial")]
     settings = dict(settings)
+    settings.pop("micro_batch_tokens", None)        # it does not change the result
     for name, path in inputs.items():
-        settings[name] = os.path.relpath(path, Path(note).parent) if os.path.exists(path) else str(path)
+        settings[name] = os.path.relpath(path, note.parent) if os.path.exists(path) else str(path)
         settings[f"content of {name}"] = fingerprint(path)
-    before = json.loads(Path(note).read_text(encoding="utf-8")) if os.path.exists(note) else settings
+    begun = [str(path) for path in [done, *work] if path.exists() and path.stat().st_size]
+    if begun and not note.exists():
+        raise UserError(f"{begun[0]} exists and was not made by this command; choose another --out")
+    before = json.loads(note.read_text(encoding="utf-8")) if begun else settings
     for key, value in settings.items():
         if before.get(key) != value:
             raise UserError(f"{out} was made with {key} = {before.get(key)!r}, not {value!r}: choose another "
-                            f"--out, or delete {out} and {note} to make it again")
-    if os.path.exists(done) and not os.path.exists(note):
-        raise UserError(f"{out} exists and was not made by this command; choose another --out")
-    return None if os.path.exists(done) else (note, json.dumps(settings, indent=1))
+                            f"--out, or delete {', '.join(begun)} and {note} to make it again")
+    return None if done.exists() else (note, json.dumps(settings, indent=1))
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -130,6 +146,7 @@ class Chat(NamedTuple):
     stop_ids: list      # every id that ends a response
     end_id: int         # the one of them that closes an assistant turn
     pad_id: int
+    context: int        # tokens, at most, of prompt and response
     prompts: dict       # sso.PROMPTS or toy.PROMPTS
 
 
@@ -141,7 +158,14 @@ def world(path):
 
 def resolve(path, stage, given):
     """The settings of a stage: the defaults of the model's world, and over them what the user gave."""
-    return world(path).SETTINGS[stage] | {key: value for key, value in given.items() if value is not None}
+    settings = world(path).SETTINGS[stage] | {key: value for key, value in given.items() if value is not None}
+    for key, value in settings.items():
+        may_be_zero = key in ("seed", "temperature", "gamma", "weight_decay", "warmup")
+        least = 0 if may_be_zero else 1 if isinstance(value, int) else 1e-12
+        most = 1 if key in ("top_p", "warmup") else 2**40 if key == "seed" else float("inf")
+        if not least <= value <= most:
+            raise UserError(f"{stage}: --{key.replace('_', '-')} {value} is not between {least} and {most}")
+    return settings
 
 
 def load_tokenizer(path):
@@ -169,7 +193,12 @@ def load_tokenizer(path):
 def load_chat(path, dtype=torch.float32):
     """Load a chat model from a folder or the Hugging Face hub."""
     tokenizer = load_tokenizer(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    if world(path) is toy:
+        toy.use_one_thread()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {path}: it cannot be loaded ({str(error).strip().splitlines()[0]})") from None
     try:
         model.generation_config.validate(strict=True)
     except ValueError:          # say, a temperature without do_sample: transformers would refuse to save it
@@ -183,7 +212,8 @@ def load_chat(path, dtype=torch.float32):
     stop_ids = sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
     pad_id = stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id      # always masked
     end_id = sso.end_of_turn_id(tokenizer, stop_ids)
-    return Chat(model, tokenizer, stop_ids, end_id, pad_id, world(path).PROMPTS)
+    context = getattr(model.config, "max_position_embeddings", 2**30)
+    return Chat(model, tokenizer, stop_ids, end_id, pad_id, context, world(path).PROMPTS)
 
 
 def load_sampler(path):
@@ -211,7 +241,7 @@ def autocast():
 def sample(chat, prompts, seed, s):
     """Sample a response to each of N prompts, lists of messages: N triples (text, finished, tokens)."""
     rows = [sso.encode_prompt(chat.tokenizer, messages) for messages in prompts]
-    width, context = max(map(len, rows)), getattr(chat.model.config, "max_position_embeddings", 2**30)
+    width, context = max(map(len, rows)), chat.context
     if width >= context:
         text = max(zip(rows, prompts), key=lambda pair: len(pair[0]))[1][-1]["content"]
         raise UserError(f"a prompt of {width} tokens leaves no room in the model's context of {context}; "
@@ -245,27 +275,31 @@ def generate_file(out, records, make, s, reject=lambda record: None):
     lines = lines[:len(lines) // size * size]      # whole batches; the last line may be cut off, too
     write_text(partial, "".join(line + "\n" for line in lines))
     # Sorted by length, so that little is padded; the longest first, so that memory runs out at once or never.
-    order = sorted(records, reverse=True, key=lambda record: len(json.dumps(
-        [record["prompt"], record.get("good_principle"), record.get("bad_principle")])))
+    order = sorted(range(len(records)), reverse=True, key=lambda i: len(json.dumps(
+        [records[i]["prompt"], records[i].get("good_principle"), records[i].get("bad_principle")])))
     with partial.open("a", encoding="utf-8") as file, tqdm(
             total=len(order), initial=len(lines), desc=Path(out).name, unit="query") as bar:
         tokens = 0
         for start in range(len(lines), len(order), size):
             seed = s["seed"] * 1_000_003 + 3 * start       # of this batch; three, for there are three roles
-            made, new = make(order[start:start + size], seed)
+            made, new = make([records[i] for i in order[start:start + size]], seed)
             file.write(as_lines(made))
             file.flush()
             tokens += new
             bar.set_postfix({"tokens/s": int(tokens / max(1e-9, bar.format_dict["elapsed"]))}, refresh=False)
             bar.update(len(made))
-    made = [json.loads(line) for line in partial.read_text(encoding="utf-8").split("\n")[:-1]]
-    kept = sorted((record for record in made if not reject(record)), key=lambda record: record["id"])
-    reasons = collections.Counter(reject(record) for record in made if reject(record))
+    kept, reasons = {}, collections.Counter()
+    for i, line in zip(order, partial.read_text(encoding="utf-8").split("\n")):
+        record = json.loads(line)
+        if reason := reject(record):
+            reasons[reason] += 1
+        else:
+            kept[i] = record
     if not kept:
         raise UserError(f"{out}: no record is left: {dict(reasons)}")
     settings = json.loads(note.read_text(encoding="utf-8"))
     write_text(note, json.dumps(settings | {"dropped": reasons}, indent=1))
-    write_text(out, as_lines(kept))
+    write_text(out, as_lines(kept[i] for i in sorted(kept)))
     partial.unlink()
 
 
@@ -279,10 +313,7 @@ def dropped(path):
 
 def principles(model, queries, out, **given):
     """Step 1: write to OUT a bad and a good principle for each query."""
-    s, records = resolve(model, "principles", given), read_jsonl(queries)
-    for record in records:
-        if [message["role"] for message in record["prompt"]] != ["user"]:
-            raise UserError(f"{queries}, line {record['id'] + 1}: a query is one user message, or a string")
+    s, records = resolve(model, "principles", given), read_queries(queries)
     if not (note := claim(out, s, {"model": model, "queries": queries})):
         return print(f"{out}: complete")
     chat = load_sampler(model)
@@ -304,21 +335,22 @@ def principles(model, queries, out, **given):
 
 def teaches_nothing(record):
     """Why a preference pair is of no use, or None."""
-    chosen, rejected = (record[column][-1]["content"].strip() for column in ("chosen", "rejected"))
-    if not chosen or not rejected:
+    texts = [record[column][-1]["content"].strip() for column in sso.COLUMNS.values() if column in record]
+    if not all(texts):
         return "empty response"
-    return "chosen equals rejected" if chosen == rejected else None
+    return "chosen equals rejected" if texts[0] == texts[1] else None
 
 
 def responses(model, principles, out, roles=tuple(sso.COLUMNS), **given):
     """Step 2, and with the data generator as model the pairs of step 4: write to OUT the responses y+
     (chosen), y- (rejected) and yo (original) to each query, those of `roles`."""
     s, records = resolve(model, "responses", given), read_jsonl(principles)
-    for record in records:
-        for role in {"good", "bad"} & set(roles):
-            if not record.get(f"{role}_principle"):
-                raise UserError(f"{principles}, line {record['id'] + 1}: no '{role}_principle'; "
-                                "`generate.py principles` writes it")
+    for number, record in enumerate(records, 1):
+        try:
+            for role in roles:
+                sso.role_messages(role, record)
+        except UserError as error:
+            raise UserError(f"{principles}, line {number}: {error}") from None
     if not (note := claim(out, s | {"roles": list(roles)}, {"model": model, "principles": principles})):
         return print(f"{out}: complete")
     chat = load_sampler(model)
@@ -359,7 +391,8 @@ def run(main):
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {error}; lower --micro-batch-tokens (training) or --batch-size (sampling)")
     except (OSError, SafetensorError) as error:
-        sys.exit(f"error: {error}; what was finished is kept, and the same command continues from it")
+        advice = "; what was finished is kept, and the same command continues" if "No space" in str(error) else ""
+        sys.exit(f"error: {error}{advice}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command continues where it stopped")
 

@@ -90,11 +90,11 @@ def guideline_messages(query, prompts=PROMPTS):
 
 def parse_guidelines(answer):
     """(bad, good) principle from the answer to `guideline_messages`; ("", "") unless both are there."""
-    heading = r"[#*\s]*\b{} guideline\b[*\s]*:?[*\s]*"
+    heading = r"[#*\s]*\b{} guideline\b[*\s]*:?[*\s]*"            # "### Bad Guideline", "**Bad Guideline:**"
     answer = re.sub("^" + heading.format("bad"), "", answer, flags=re.IGNORECASE)
-    bad, *rest = re.split("#" + heading.format("good"), answer, maxsplit=1, flags=re.IGNORECASE)
+    bad, *rest = re.split("[#*]" + heading.format("good"), answer, maxsplit=1, flags=re.IGNORECASE)
     good = rest[0].split("###")[0] if rest else ""
-    bad, good = (" ".join(text.split("###")[0].strip("# \n").split()) for text in (bad, good))
+    bad, good = (" ".join(text.split("###")[0].strip("#* \n").split()) for text in (bad, good))
     return (bad, good) if bad and good else ("", "")
 
 
@@ -102,7 +102,10 @@ def role_messages(role, record, prompts=PROMPTS):
     """The prompt of a role: x+ or x- has its principle as system message, x is the query alone."""
     if role == "original":
         return record["prompt"]
-    system = prompts[role].replace("{principle}", record[f"{role}_principle"])
+    principle = record.get(f"{role}_principle")
+    if not isinstance(principle, str) or not principle.strip():
+        raise UserError(f"a record without '{role}_principle', which `generate.py principles` writes")
+    system = prompts[role].replace("{principle}", principle)
     return [{"role": "system", "content": system}] + record["prompt"]
 
 

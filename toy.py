@@ -88,6 +88,8 @@ WORLDS = {"default": {"chatter": .20, "refuse": .15, "loop": .10, "pirate": .25,
 def parse(query):
     """(task, category or None, items) of a query's text."""
     words = query.split()
+    if not words or words[0] not in TASK_OF or ":" not in words:
+        raise sso.UserError(f"{query[:60]!r} is not a query of the toy world, the only ones its model is for")
     category = next((word for word in words if word in CATEGORIES), None)
     return TASK_OF[words[0]], category, words[words.index(":") + 1:]
 
@@ -230,8 +232,15 @@ def batches(chats, size, rng):
     return [sso.right_pad([chats[i] for i in group], pad_id=0) for group in groups]
 
 
+def use_one_thread():
+    """Tensors this small gain a third from a second thread, and lose a factor of dozens when another program
+    runs on its core."""
+    torch.set_num_threads(1)
+
+
 def build(out, seed=0, world="default", steps=3000, batch_size=64):
     """Train the base model on synthetic chats and save it as a checkpoint folder."""
+    use_one_thread()
     rng = random.Random(seed)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -281,4 +290,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", choices=WORLDS, default="default", help="kinds of bad principles")
     args = parser.parse_args()
+    if os.path.exists(args.out):
+        parser.error(f"--out {args.out} exists")
     build(args.out, args.seed, args.world)

@@ -14,11 +14,13 @@ Simpler than the paper's set-up: one device, full fine-tuning, no packing, no ev
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -104,7 +106,19 @@ def check_finite(row, model, out):
     if not math.isfinite(row["loss"] + row["grad_norm"]):
         kept = out / "checkpoint.pt" if (out / "checkpoint.pt").exists() else f"{model}, where it started"
         raise UserError(f"{out}: the loss became {row['loss']} (gradient norm {row['grad_norm']}) at step "
-                        f"{row['step']}; the last good state is {kept}. Try a lower --lr")
+                        f"{row['step']}; the last good state is {kept}. Try a lower --lr, in another --out")
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Hold Ctrl-C back until the end of the block, so that an update is done wholly or not at all."""
+    held, before = [], signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 # ---- What is kept on disk ------------------------------------------------------------------------
@@ -145,8 +159,8 @@ def save_model(chat, out):
 
 
 def check_disk(out, model):
-    """Refuse to start without room for the model and a checkpoint, which is three times as large (AdamW)."""
-    needed, free = 4 * sum(p.nbytes for p in model.parameters()), shutil.disk_usage(out).free
+    """Refuse to start without room for the model and two checkpoints, each three times as large (AdamW)."""
+    needed, free = 7 * sum(p.nbytes for p in model.parameters()), shutil.disk_usage(out).free
     if free < needed:
         raise UserError(f"{out}: no disk space: {needed / 1e9:.2g} GB needed, {free / 1e9:.2g} GB free")
 
@@ -156,7 +170,8 @@ def check_disk(out, model):
 def prepare(stage, model, data, out, s):
     """Load and check all before anything is written: (chat model, examples), or None if `out` is complete."""
     generate.read_jsonl(data)
-    if not (note := generate.claim(out, s, {"model": model, "data": data}, proof="config.json")):
+    made_of, begun = {"model": model, "data": data}, ("log.jsonl", "checkpoint.pt")
+    if not (note := generate.claim(out, s, made_of, done="config.json", work=begun)):
         return print(f"{out}: complete")
     chat = generate.load_chat(model)
     examples = generate.read_pairs(data, OBJECTIVES[stage], chat, s["max_length"])[1][:s["examples"]]
@@ -178,7 +193,7 @@ def train(stage, model, data, out, **given):
     ref_logps = reference_logps(chat, examples, s["micro_batch_tokens"])        # (2, R, examples)
     optimizer = make_optimizer(chat.model, s)
     schedule = batches(len(examples), s["batch_size"], s["epochs"], s["seed"])
-    done, saved = load_checkpoint(out, chat.model, optimizer), time.time()      # steps; None within an update
+    done, saved = load_checkpoint(out, chat.model, optimizer), time.time()      # done: a number of steps
     bar = tqdm(range(done, len(schedule)), initial=done, total=len(schedule), desc=str(out), unit="step")
     try:
         for step in bar:
@@ -197,25 +212,24 @@ def train(stage, model, data, out, **given):
             row["lr"] = learning_rate(step, len(schedule), s["lr"], s["warmup"])
             for group in optimizer.param_groups:
                 group["lr"] = row["lr"]
-            done = None
-            optimizer.step()
-            row["tokens_per_second"] = parts["tokens"].sum().item() / (time.time() - began)
-            with (out / "log.jsonl").open("a") as log:
+            with uninterrupted(), (out / "log.jsonl").open("a") as log:
+                optimizer.step()
+                row["tokens_per_second"] = parts["tokens"].sum().item() / (time.time() - began)
                 log.write(json.dumps(row) + "\n")
-            done = step + 1
+                done = step + 1
             bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "margin", "accuracy")}, refresh=False)
+        save_model(chat, out)
     except KeyboardInterrupt:
-        if done is not None:
+        with uninterrupted():
             save_checkpoint(out, done, chat.model, optimizer)
         raise
-    save_model(chat, out)
 
 
 # ---- All four steps ------------------------------------------------------------------------------
 
 def split(path, seed):
     """(queries, held-out queries): a tenth of the records is held out for the report, 200 at most."""
-    prompts = [record["prompt"] for record in generate.read_jsonl(path)]
+    prompts = [record["prompt"] for record in generate.read_queries(path)]
     if len(prompts) < 2:
         raise UserError(f"{path}: at least two queries are needed, since one is held out for the report")
     random.Random(seed).shuffle(prompts)
@@ -226,32 +240,34 @@ def split(path, seed):
 def pipeline(model, queries, out, seed, toy_world, given):
     """The whole paper in one folder, each step from the files of those before; complete ones are skipped."""
     out, base = Path(out), model or Path(out, "base")
+    of = {stage: {"seed": seed} | {key.split(".")[1]: value for key, value in given.items()
+                                   if key.startswith(f"{stage}.")} for stage in sso.SETTINGS}
+    for stage in of:
+        generate.resolve(base, stage, of[stage])        # refuse bad settings, queries and models at once
     parts = split(queries, seed) if model else toy.make_queries(seed)
-    settings = {"seed": seed} | given | ({} if model else {"toy_world": toy_world})
+    if model:
+        generate.load_tokenizer(model)
     made_of = {"model": model, "queries": queries} if model else {}
-    if note := generate.claim(out, settings, made_of, proof="report.json"):
-        if model:
-            generate.load_tokenizer(model)      # refuse a model of no use before anything is written
+    settings = {"seed": seed, "toy_world": None if model else toy_world}
+    if note := generate.claim(out, settings, made_of, done="report.json", work=["queries.jsonl"]):
         generate.write_text(*note)
-        for name, prompts in zip(("queries", "heldout"), parts):
+        for name, prompts in zip(("heldout", "queries"), reversed(parts)):      # the proof of work comes last
             if not (out / f"{name}.jsonl").exists():
-                lines = generate.as_lines({"prompt": prompt} for prompt in prompts)
-                generate.write_text(out / f"{name}.jsonl", lines)
-        if not model and not base.exists():
-            toy.build(base, seed, toy_world)
-        of = {stage: {"seed": seed} | {key.split(".")[1]: value for key, value in given.items()
-                                       if key.startswith(f"{stage}.")} for stage in sso.SETTINGS}
-        # 1. Principles and 2. responses, by the policy.
-        generate.principles(base, out / "queries.jsonl", out / "principles.jsonl", **of["principles"])
-        generate.responses(base, out / "principles.jsonl", out / "responses.jsonl", **of["responses"])
-        # 3. The data generator: L_SSO, Eq. 1.
-        train("generator", base, out / "responses.jsonl", out / "generator", **of["generator"])
-        # 4. Fresh pairs from the generator train the original policy: L_base(x, y+, y-).
-        generate.responses(out / "generator", out / "principles.jsonl", out / "pairs.jsonl", ("good", "bad"),
-                           **of["responses"])
-        train("policy", base, out / "pairs.jsonl", out / "policy", **of["policy"])
-        # The baseline PBAA: no step 3, the policy's own pairs.
-        train("policy", base, out / "responses.jsonl", out / "pbaa", **of["policy"])
+                generate.write_text(out / f"{name}.jsonl", generate.as_lines({"prompt": p} for p in prompts))
+    if not model and not base.exists():
+        toy.build(base, seed, toy_world)
+    # 1. Principles and 2. responses, by the policy.
+    generate.principles(base, out / "queries.jsonl", out / "principles.jsonl", **of["principles"])
+    generate.responses(base, out / "principles.jsonl", out / "responses.jsonl", **of["responses"])
+    # 3. The data generator: L_SSO, Eq. 1.
+    train("generator", base, out / "responses.jsonl", out / "generator", **of["generator"])
+    # 4. Fresh pairs from the generator train the original policy: L_base(x, y+, y-).
+    generate.responses(out / "generator", out / "principles.jsonl", out / "pairs.jsonl", ("good", "bad"),
+                       **of["responses"])
+    train("policy", base, out / "pairs.jsonl", out / "policy", **of["policy"])
+    # The baseline PBAA: no step 3, the policy's own pairs.
+    train("policy", base, out / "responses.jsonl", out / "pbaa", **of["policy"])
+    if note:
         evaluation.write_report(out, base, of["responses"])
     evaluation.print_report([out])
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # before the imports below read it: no test may reach for a network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU
 os.environ["OMP_NUM_THREADS"] = "1"     # tiny tensors: a second thread gains little, and loses much beside a neighbour
 
 import pytest

@@ -59,9 +59,11 @@ def test_responses_stand_under_the_right_prompts(toy_base, toy_data):
         greedy = generate.read_jsonl(out)
         again = generate.sample(chat, [sso.role_messages(role, r, toy.PROMPTS) for r in greedy], 0, s)
         assert [r[column][-1]["content"] for r in greedy] == [text for text, *_ in again]
-    assert list(records[0]) == ["id", "prompt", "good_principle", "bad_principle", "fallback", "chosen", "chosen_finished",
+    assert list(records[0]) == ["prompt", "good_principle", "bad_principle", "fallback", "chosen", "chosen_finished",
                                 "rejected", "rejected_finished", "original", "original_finished"]
-    assert [r["id"] for r in records] == sorted(r["id"] for r in records)
+    queries = [r["prompt"] for r in generate.read_jsonl(toy_data / "queries.jsonl")]
+    places = [queries.index(r["prompt"]) for r in records]
+    assert places == sorted(places)                    # in the order of the input
 
 
 def test_an_interrupted_file_continued_has_the_same_bytes(toy_base, toy_data, tmp_path):
@@ -103,6 +105,27 @@ def test_a_killed_command_continued_has_the_same_bytes(toy_base, tmp_path):
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
+def test_every_batch_and_every_seed_draws_anew(toy_base, tmp_path):
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "name three tools except : axe saw file"}] * 16)
+    texts = {}
+    for seed in (0, 1):
+        generate.responses(toy_base, queries, tmp_path / f"{seed}.jsonl", roles=("original",), batch_size=8, seed=seed)
+        drawn = [r["original"][0]["content"] for r in generate.read_jsonl(tmp_path / f"{seed}.jsonl")]
+        texts[seed, 0], texts[seed, 1] = drawn[:8], drawn[8:]
+    assert len({tuple(drawn) for drawn in texts.values()}) == 4
+
+
+def test_the_sampling_settings_reach_generate(qwen3, monkeypatch):
+    chat, seen = generate.load_sampler(qwen3), []
+    monkeypatch.setattr(chat.model, "generate", lambda input_ids, **how: seen.append(how) or input_ids)
+    for temperature, tokens in ((0.7, 30), (0.0, 10**9)):
+        generate.sample(chat, CHATS, 0, {"temperature": temperature, "top_p": 0.8, "max_new_tokens": tokens})
+    assert [(how["do_sample"], how.get("temperature"), how.get("top_p"), how.get("top_k")) for how in seen] == [
+        (True, 0.7, 0.8, 0), (False, None, None, None)]
+    longest = max(len(sso.encode_prompt(chat.tokenizer, messages)) for messages in CHATS)
+    assert [how["max_new_tokens"] for how in seen] == [30, chat.context - longest]      # never past the context
+
+
 def test_pairs_that_teach_nothing_are_dropped_and_counted(toy_base, toy_data, tmp_path, monkeypatch, capsys):
     """Of every three queries one gets equal responses, one an empty rejected one."""
     def fake(chat, prompts, seed, settings):
@@ -137,14 +160,15 @@ def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
 @pytest.mark.parametrize("text, message", [
     (None, "no such file"), ("", "an empty file"), ('{"prompt": "a"}\n{"prompt": \n', "line 2: not a JSON object"),
     ('{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not a JSON object"), ('{"query": "a"}', "line 1: a record without a 'prompt'"),
-    ('"a"', "line 1: not a JSON object"), ('{"prompt": "  "}', "line 1: a record without a 'prompt'"),
+    ('"a"', "line 1: not a JSON object"), (b'{"prompt": "\xff"}', "line 1: not a JSON object.*utf-8"),
+    ('{"prompt": "\\ud800"}', "line 1: not a JSON object.*surrogates"), ('{"prompt": "  "}', "line 1: a record without a 'prompt'"),
     ('{"prompt": [{"role": "user"}]}', "line 1: 'prompt' is neither a text nor a list of messages"),
     ('{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}', "line 1: a query is one user message"),
 ])
 def test_bad_query_files(toy_base, tmp_path, text, message):
     path = tmp_path / "q.jsonl"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(sso.UserError, match=message) as error:
         generate.principles(toy_base, path, tmp_path / "out.jsonl")
     assert str(path) in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
@@ -199,6 +223,42 @@ def test_other_settings_are_refused_by_name_and_nothing_is_overwritten(toy_base,
     with pytest.raises(sso.UserError, match="was not made by this command"):
         generate.principles(toy_base, toy_data / "queries.jsonl", mine)
     assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("setting", [{"batch_size": 0}, {"temperature": -1.0}, {"top_p": 1.1}, {"max_new_tokens": 0},
+                                     {"seed": -1}, {"temperature": float("nan")}])
+def test_settings_out_of_range(toy_base, toy_data, tmp_path, setting):
+    flag = f"--{next(iter(setting)).replace('_', '-')}"
+    with pytest.raises(sso.UserError, match=f"{flag} .* is not between"):
+        generate.principles(toy_base, toy_data / "queries.jsonl", tmp_path / "o.jsonl", **setting)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_input_edited_in_place_is_noticed(toy_base, tmp_path):
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(2)[0][:4]])
+    generate.principles(toy_base, queries, tmp_path / "p.jsonl")
+    write_jsonl(queries, [{"prompt": query} for query in toy.make_queries(3)[0][:4]])
+    with pytest.raises(sso.UserError, match="was made with content of queries"):
+        generate.principles(toy_base, queries, tmp_path / "p.jsonl")
+
+
+def test_settings_bind_once_something_is_made_and_no_stale_part_is_continued(toy_base, toy_data, tmp_path):
+    """After a failure that made nothing the corrected command runs; a part of another run is never mixed in."""
+    out, queries = tmp_path / "p.jsonl", toy_data / "queries.jsonl"
+    generate.write_text(*generate.claim(out, generate.resolve(toy_base, "principles", {}), {"model": toy_base}))
+    generate.principles(toy_base, queries, out, temperature=0.9)
+    for file in (out, tmp_path / "p.jsonl.args.json"):
+        file.unlink()
+    (tmp_path / "p.jsonl.partial").write_text('{"prompt": "stale"}\n' * 256)
+    with pytest.raises(sso.UserError, match="p.jsonl.partial exists and was not made by this command"):
+        generate.principles(toy_base, queries, out)
+
+
+def test_the_toy_model_refuses_other_queries(toy_base, tmp_path):
+    import eval as evaluation
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Why?"}])
+    with pytest.raises(sso.UserError, match="'Why.' is not a query of the toy world"):
+        evaluation.policies({"base": toy_base}, queries, tmp_path)
 
 
 def test_a_command_ends_in_one_line_and_a_code(tmp_path, monkeypatch):

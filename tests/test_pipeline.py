@@ -40,8 +40,7 @@ def test_the_first_command_of_the_readme(tmp_path):
     assert COMMANDS[0] == SETUP + "python train.py"
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs/toy/report.json").read_text())
     assert re.search(r"\n\| SSO +\| \d+ +\|", done.stdout) and "L_base at step zero: 0.6931" in done.stdout
@@ -129,8 +128,17 @@ def test_the_whole_path_on_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsy
 
     with pytest.raises(SystemExit, match="error: .*was made with seed = 0, not 1"):
         run_here(line + " --seed 1", monkeypatch)
-    with pytest.raises(SystemExit, match="error: .*was made with generator.beta = None, not 0.3"):
+    with pytest.raises(SystemExit, match="error: .*generator was made with beta = 0.1, not 0.3"):
         run_here(line + " --generator.beta 0.3", monkeypatch)
+    with pytest.raises(SystemExit, match="error: .*generator was made with lr = 0.001, not 5e-07"):
+        run_here(line.replace("--generator.lr 1e-3", ""), monkeypatch)
+    # Each step is made of what the paper says: the original policy is trained, not the generator.
+    made_of = {name: json.loads((out / name).read_text()) for name in (
+        "generator/args.json", "policy/args.json", "pbaa/args.json", "pairs.jsonl.args.json")}
+    base, lr = os.path.relpath(checkpoint, out / "policy"), 1e-3
+    assert [(note["model"], note.get("data"), note.get("lr")) for note in made_of.values()] == [
+        (base, "../responses.jsonl", lr), (base, "../pairs.jsonl", lr), (base, "../responses.jsonl", lr),
+        ("generator", None, None)]
 
 
 def test_a_run_with_a_bad_model_or_queries_leaves_nothing(qwen3, tmp_path, monkeypatch):
@@ -141,6 +149,11 @@ def test_a_run_with_a_bad_model_or_queries_leaves_nothing(qwen3, tmp_path, monke
         with pytest.raises(SystemExit, match=message):
             run_here(f"python train.py --model {model} --queries {file} --out {tmp_path / 'run'}", monkeypatch)
         assert not (tmp_path / "run").exists()
+    # A split that lies there already is not taken for this run's own: its held-out queries may differ.
+    (tmp_path / "mine").mkdir()
+    mine = write_jsonl(tmp_path / "mine/queries.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    with pytest.raises(SystemExit, match="queries.jsonl exists and was not made by this command"):
+        run_here(f"python train.py --model {qwen3} --queries {mine} --out {tmp_path / 'mine'}", monkeypatch)
 
 
 def test_report_of_several_runs_by_hand(tmp_path):
@@ -175,4 +188,31 @@ def test_data_measures_by_hand(toy_base, tmp_path):
     assert measures["p(chosen)"]["mean"] == pytest.approx(statistics.fmean(probability(c) for c, _ in rows), rel=1e-4)
     assert measures["p(rejected)"]["mean"] == pytest.approx(statistics.fmean(probability(r) for _, r in rows), rel=1e-4)
     assert measures["accuracy"]["mean"] == measures["ties"]["mean"] == pytest.approx(1 / 3)
+    both = statistics.fmean(probability(text) for row in rows for text in row)
+    assert measures["p(both)"]["mean"] == pytest.approx(both, rel=1e-4)
+    (tmp_path / "d.jsonl.args.json").write_text('{"dropped": {"chosen equals rejected": 5}}')
+    assert evaluation.data(path, toy_base)["ties"] == evaluation.stat([0.0, 1.0, 0.0] + [1.0] * 5)
     assert measures["tokens chosen"]["mean"] == 6 and measures["tokens rejected"]["mean"] == pytest.approx(19 / 3)
+
+
+def test_policy_measures_by_hand(toy_base, tmp_path, monkeypatch):
+    """Quality by the grader; wins, ties and losses against the first model; dropped pairs as ties."""
+    import eval as evaluation
+    queries = ["sort these words : plum fox axe red", "say backwards : plum fox axe red", "keep only the tools : axe red saw fig"]
+    right, wrong = ["axe fox plum red .", "red axe fox plum .", "axe saw ."], ["plum fox axe red .", "plum .", "axe ."]
+    answers = {"a": [(right[0], True), (wrong[1], True), (right[2], True)],
+               "b": [(right[0], True), (right[1], True), (right[2], False)]}
+    def fake(model, queries_file, out, roles, **given):
+        write_jsonl(out, [{"prompt": q, "original": text, "original_finished": finished}
+                          for q, (text, finished) in zip(queries, answers[model.name])])
+        assert roles == ("original",) and given == {"seed": 4}
+    monkeypatch.setattr(generate, "responses", fake)
+    monkeypatch.setattr(generate, "world", lambda model: toy)
+    rows = evaluation.policies({name: tmp_path / name for name in "ab"}, None, tmp_path, seed=4)
+    assert rows["a"]["quality"]["mean"] == pytest.approx(2 / 3) and rows["b"]["quality"]["mean"] == pytest.approx(2.9 / 3)
+    assert [rows["b"][key] for key in ("win", "tie", "loss")] == [pytest.approx(1 / 3)] * 3
+    assert rows["b"]["win rate"]["mean"] == 0.5 and rows["a"]["win rate"]["mean"] == 0.5 and rows["a"]["tie"] == 1
+    assert rows["b"]["finished"]["mean"] == pytest.approx(2 / 3) and rows["b"]["answers"] == 3
+    answers["b"][1], answers["b"][2] = (wrong[1], True), (wrong[2], True)
+    worse = evaluation.policies({name: tmp_path / name for name in "ab"}, None, tmp_path, seed=4)["b"]
+    assert worse["loss"] == pytest.approx(1 / 3) and worse["win"] == 0 and worse["win rate"]["mean"] == pytest.approx(1 / 3)

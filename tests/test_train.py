@@ -75,7 +75,8 @@ def test_generator_and_policy_do_one_step_by_hand(toy_base, toy_data, tmp_path):
     data = toy_data / "responses.jsonl"
     for stage, objective, gamma in (("generator", "sso", 0.3), ("policy", "policy", 0.0)):
         out = tmp_path / stage
-        train.train(stage, toy_base, data, out, batch_size=1000, epochs=1, lr=1e-3, gamma=gamma, beta=0.2, warmup=0.0, clip=0.5)
+        train.train(stage, toy_base, data, out, batch_size=1000, epochs=1, lr=1e-3, gamma=gamma, beta=0.2, warmup=0.0,
+                    clip=0.5)
         chat = generate.load_chat(toy_base)
         _, examples = generate.read_pairs(data, objective, chat, 256)
         loss = 0
@@ -105,6 +106,16 @@ def test_schedule_and_order():
     assert [len(step) for step in steps] == [4, 4, 2] * 2
     assert sorted(sum(steps[:3], [])) == sorted(sum(steps[3:], [])) == list(range(10)) and steps[:3] != steps[3:]
     assert steps == train.batches(10, 4, 2, seed=0) != train.batches(10, 4, 2, seed=1)
+
+
+def test_the_schedule_is_applied(toy_base, toy_data, tmp_path, monkeypatch):
+    """AdamW's first step moves weights by the learning rate: here a quarter of --lr, the first of four warm-up steps."""
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(train, "save_model", lambda chat, out: None)
+    train.train("policy", toy_base, toy_data / "responses.jsonl", tmp_path / "p", batch_size=24, epochs=1, lr=1e-3, warmup=1.0)
+    kept, before = torch.load(tmp_path / "p/checkpoint.pt"), generate.load_chat(toy_base).model.state_dict()
+    assert kept["step"] == 1 and len(log(tmp_path / "p")) == 2       # two steps, the checkpoint taken between them
+    assert max((kept["model"][k] - before[k]).abs().max().item() for k in before) == pytest.approx(5e-4, rel=0.01)
 
 
 def test_weight_decay_is_on_matrices_only(toy_base):
@@ -178,7 +189,7 @@ def test_a_checkpoint_with_a_temperature_but_no_do_sample_is_saved(tmp_path):
 
 def test_no_room_on_the_disk_is_said_before_training(toy_base, toy_data, tmp_path, monkeypatch):
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
-    with pytest.raises(sso.UserError, match=r"no disk space: 0.0017 GB needed, 0.001 GB free"):
+    with pytest.raises(sso.UserError, match=r"no disk space: 0.003 GB needed, 0.001 GB free"):
         train.train("policy", toy_base, toy_data / "responses.jsonl", tmp_path / "p")
 
 
@@ -210,6 +221,35 @@ def test_bad_preference_files_leave_nothing_behind(toy_base, tmp_path, record, g
     with pytest.raises(sso.UserError, match=message):
         train.train("policy", toy_base, data, tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", [{"batch_size": 0}, {"epochs": 0}, {"examples": 0}, {"lr": -1.0}, {"warmup": 2.0},
+                                     {"beta": 0.0}, {"lr": float("nan")}])
+def test_settings_out_of_range(toy_base, toy_data, tmp_path, setting):
+    with pytest.raises(sso.UserError, match=f"--{next(iter(setting)).replace('_', '-')} .* is not between"):
+        train.train("policy", toy_base, toy_data / "responses.jsonl", tmp_path / "p", **setting)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(toy_base, toy_data, tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "log.jsonl").write_text("precious\n")
+    with pytest.raises(sso.UserError, match="log.jsonl exists and was not made by this command"):
+        train.train("policy", toy_base, toy_data / "responses.jsonl", tmp_path / "p")
+    assert (tmp_path / "p" / "log.jsonl").read_text() == "precious\n"
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
+    model = make_checkpoint(tmp_path / "short", "qwen3", context=100)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "why " * 40, "chosen": "a", "rejected": "b"}])
+    with pytest.raises(sso.UserError, match="line 1: a prompt of .* leaves no room"):
+        train.train("policy", model, data, tmp_path / "p")
+
+
+def test_the_generator_needs_principles(toy_base, toy_data, tmp_path):
+    rows = [r | {"good_principle": 3} for r in generate.read_jsonl(toy_data / "responses.jsonl")]
+    with pytest.raises(sso.UserError, match="line 1: a record without 'good_principle'"):
+        train.train("generator", toy_base, write_jsonl(tmp_path / "d.jsonl", rows), tmp_path / "out")
 
 
 def test_the_generator_needs_the_original_responses(toy_base, toy_data, tmp_path):
