@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,21 @@ def toy_data(toy_base, tmp_path_factory):
     generate.principles(toy_base, folder / "queries.jsonl", folder / "principles.jsonl", batch_size=16)
     generate.responses(toy_base, folder / "principles.jsonl", folder / "responses.jsonl", batch_size=16)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_run(request, tmp_path_factory):
+    """`python train.py` in a clean copy, beside the other tests, for the test that looks at its end."""
+    if not any(item.name == "test_the_first_command_of_the_readme" for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("clean")
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
+        process = subprocess.Popen([sys.executable, "train.py"], cwd=folder, stdout=out, stderr=err)
+        yield process, folder
+        process.kill()
 
 
 def write_jsonl(path, records):

@@ -8,7 +8,6 @@ import runpy
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 
 import pytest
@@ -33,32 +32,6 @@ def run_here(line, monkeypatch):
     script, *words = shlex.split(line)[1:]
     monkeypatch.setattr(sys, "argv", [script, *words])
     runpy.run_path(str(ROOT / script), run_name="__main__")
-
-
-def test_the_first_command_of_the_readme(tmp_path):
-    """`python train.py` on a clean checkout ends with the table, and the policy of SSO is the best of the three."""
-    assert COMMANDS[0] == SETUP + "python train.py"
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "runs/toy/report.json").read_text())
-    assert re.search(r"\n\| SSO +\| \d+ +\|", done.stdout) and "L_base at step zero: 0.6931" in done.stdout
-    quality = {name: row["quality"]["mean"] for name, row in report.items()}
-    assert quality["SSO"] > quality["PBAA"] > quality["base"]
-    assert report["SSO"]["p(rejected)"]["mean"] > 1.5 * report["PBAA"]["p(rejected)"]["mean"]
-    for name, row in report.items():
-        assert f"{row['quality']['mean']:.3f} ± {row['quality']['se']:.3f}" in done.stdout
-    # What the report says of the pairs, computed again by a loop over the file.
-    records = [json.loads(line) for line in (tmp_path / "runs/toy/pairs.jsonl").read_text().splitlines()]
-    grades = [[toy.grade(r["prompt"][0]["content"], r[c][0]["content"], r[f"{c}_finished"]) for c in ("chosen", "rejected")]
-              for r in records]
-    sampled = toy.QUERIES
-    assert report["SSO"]["pairs"] == len(records) and report["SSO"]["accuracy"]["n"] == sampled
-    assert report["SSO"]["accuracy"]["mean"] == pytest.approx(sum(a > b for a, b in grades) / sampled)
-    # The standard error over pairs is that of a proportion.
-    p = report["SSO"]["accuracy"]["mean"]
-    assert report["SSO"]["accuracy"]["se"] == pytest.approx(math.sqrt(p * (1 - p) / (sampled - 1)), rel=1e-6)
 
 
 def test_the_test_command_of_the_readme_is_what_ci_runs():
@@ -216,3 +189,27 @@ def test_policy_measures_by_hand(toy_base, tmp_path, monkeypatch):
     answers["b"][1], answers["b"][2] = (wrong[1], True), (wrong[2], True)
     worse = evaluation.policies({name: tmp_path / name for name in "ab"}, None, tmp_path, seed=4)["b"]
     assert worse["loss"] == pytest.approx(1 / 3) and worse["win"] == 0 and worse["win rate"]["mean"] == pytest.approx(1 / 3)
+
+
+def test_the_first_command_of_the_readme(default_run):
+    """`python train.py` on a clean checkout ends with the table, and the policy of SSO is the best of the three."""
+    assert COMMANDS[0] == SETUP + "python train.py"
+    process, folder = default_run                   # started when the session started: it takes minutes
+    assert process.wait() == 0, (folder / "stderr").read_text()[-2000:]
+    printed, report = (folder / "stdout").read_text(), json.loads((folder / "runs/toy/report.json").read_text())
+    assert re.search(r"\n\| SSO +\| \d+ +\|", printed) and "L_base at step zero: 0.6931" in printed
+    quality = {name: row["quality"]["mean"] for name, row in report.items()}
+    assert quality["SSO"] > quality["PBAA"] > quality["base"]
+    assert report["SSO"]["p(rejected)"]["mean"] > 1.5 * report["PBAA"]["p(rejected)"]["mean"]
+    for name, row in report.items():
+        assert f"{row['quality']['mean']:.3f} ± {row['quality']['se']:.3f}" in printed
+    # What the report says of the pairs, computed again by a loop over the file.
+    records = [json.loads(line) for line in (folder / "runs/toy/pairs.jsonl").read_text().splitlines()]
+    grades = [[toy.grade(r["prompt"][0]["content"], r[c][0]["content"], r[f"{c}_finished"]) for c in ("chosen", "rejected")]
+              for r in records]
+    sampled = toy.QUERIES
+    assert report["SSO"]["pairs"] == len(records) and report["SSO"]["accuracy"]["n"] == sampled
+    assert report["SSO"]["accuracy"]["mean"] == pytest.approx(sum(a > b for a, b in grades) / sampled)
+    # The standard error over pairs is that of a proportion.
+    p = report["SSO"]["accuracy"]["mean"]
+    assert report["SSO"]["accuracy"]["se"] == pytest.approx(math.sqrt(p * (1 - p) / (sampled - 1)), rel=1e-6)
