@@ -25,7 +25,7 @@ import sso
 
 PROMPTS = {"guideline": "### query {query} ### bad guideline", "good": "{principle}", "bad": "{principle}",
            "fallback_good": "give the list in order", "fallback_bad": "forget the list"}
-# The paper's learning rate of 5e-7 does nothing to 0.1 M parameters. Chosen on seed 0 alone (README).
+# The paper's learning rate of 5e-7 does nothing to 0.1 M parameters. How they were chosen: README.
 SETTINGS = {
     "principles": sso.SETTINGS["principles"] | {"batch_size": 256, "max_new_tokens": 40},
     "responses": sso.SETTINGS["responses"] | {"batch_size": 256, "max_new_tokens": 24},

@@ -1,5 +1,4 @@
-"""Steps 3 and 4 of SSO: train the data generator, then the policy. Without a stage: all four steps, and a
-report.
+"""Steps 3 and 4 of SSO: train the data generator, then the policy. Without a stage: all four steps.
 
     python train.py                                                 # the toy world, offline
     python train.py --model M --queries Q.jsonl --out runs/NAME     # a chat model from a folder or the hub
@@ -90,8 +89,7 @@ def accumulate_gradient(chat, batch, ref_logps, s):
 
 
 def metrics(terms, parts):
-    """The loss, and the means over the batch of its parts: over all terms, and by term if there are
-    several."""
+    """The loss, and means over the batch of its parts: over all terms, and by term if there are several."""
     margin = parts["chosen_rewards"] - parts["rejected_rewards"]    # (R, B)
     row = {}
     for name, values in (parts | {"margin": margin, "accuracy": margin > 0}).items():
@@ -184,8 +182,7 @@ def prepare(stage, model, data, out, s):
 
 
 def train(stage, model, data, out, **given):
-    """Train `model` on the pairs that a stage makes of `data`: by L_SSO the generator, by L_base the
-    policy."""
+    """Train `model` on the pairs that a stage makes of `data`: generator by L_SSO, policy by L_base."""
     s, out, terms = generate.resolve(model, stage, given), Path(out), sso.PAIRS[OBJECTIVES[stage]]
     if not (prepared := prepare(stage, model, data, out, s)):
         return
@@ -242,8 +239,8 @@ def pipeline(model, queries, out, seed, toy_world, given):
     out, base = Path(out), model or Path(out, "base")
     of = {stage: {"seed": seed} | {key.split(".")[1]: value for key, value in given.items()
                                    if key.startswith(f"{stage}.")} for stage in sso.SETTINGS}
-    for stage in of:
-        generate.resolve(base, stage, of[stage])        # refuse bad settings, queries and models at once
+    for stage in of:                # refuse bad settings, queries and models before anything is written
+        generate.resolve(base, stage, of[stage])
     parts = split(queries, seed) if model else toy.make_queries(seed)
     if model:
         generate.load_tokenizer(model)
