@@ -328,7 +328,7 @@ def principles(model, queries, out, **given):
 
     generate_file(out, records, make, s)
     fallbacks = sum(record["fallback"] for record in read_jsonl(out))
-    print(f"{out}: {len(records)} queries; {fallbacks} got the fixed pair, as the model wrote no principles")
+    print(f"{out}: {len(records)} queries, {fallbacks} with the fixed pair (no principles in the answer)")
 
 
 def teaches_nothing(record):
@@ -372,11 +372,20 @@ def responses(model, principles, out, roles=tuple(sso.COLUMNS), **given):
 
 # ---- Command line --------------------------------------------------------------------------------
 
+HELP = {"seed": "of sampling, or of the order of the data", "batch_size": "queries a batch or training step",
+        "temperature": "of sampling; 0 is greedy", "top_p": "nucleus sampling",
+        "max_new_tokens": "longest response", "lr": "peak learning rate", "epochs": "passes over the data",
+        "beta": "β of L_base", "gamma": "γ of L_sft", "weight_decay": "of AdamW, on matrices",
+        "warmup": "share of the steps, then a cosine to zero", "clip": "largest gradient norm",
+        "examples": "queries to train on, at most", "max_length": "tokens of prompt and response, at most",
+        "micro_batch_tokens": "padded tokens at once: memory and speed, not the result"}
+
+
 def add_settings(parser, stage, prefix="--"):
     """A flag for each setting of a stage. The defaults depend on the model, so none is set here."""
     for key, default in sso.SETTINGS[stage].items():
         parser.add_argument(prefix + key.replace("_", "-"), type=type(default), metavar="V",
-                            help=f"default {default}, for the toy model {toy.SETTINGS[stage][key]}")
+                            help=f"{HELP[key]} (default {default}, toy {toy.SETTINGS[stage][key]})")
 
 
 def run(main):

@@ -145,7 +145,7 @@ def test_a_query_without_guidelines_gets_the_fixed_pair_and_is_counted(qwen3, tm
     records = generate.read_jsonl(tmp_path / "p.jsonl")
     assert {r["good_principle"] for r in records} == {sso.PROMPTS["fallback_good"]}
     assert {r["bad_principle"] for r in records} == {sso.PROMPTS["fallback_bad"]} and all(r["fallback"] for r in records)
-    assert "2 queries; 2 got the fixed pair" in capsys.readouterr().out
+    assert "2 queries, 2 with the fixed pair" in capsys.readouterr().out
 
 
 def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
