@@ -233,7 +233,7 @@ def batches(chats, size, rng):
 
 
 def use_one_thread():
-    """Tensors this small gain a third from a second thread, and lose a factor of dozens when another program
+    """Tensors this small gain little from a second thread, and lose a factor of dozens when another program
     runs on its core."""
     torch.set_num_threads(1)
 

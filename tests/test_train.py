@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -166,6 +167,27 @@ def test_ctrl_c_and_then_the_same_command_gives_the_same_weights(toy_base, toy_d
     assert [row["step"] for row in a] == list(range(len(b))) and a[-1]["loss"] == pytest.approx(b[-1]["loss"], abs=1e-4)
     assert not (tmp_path / "a" / "checkpoint.pt").exists()
     assert "complete" in command(*words, tmp_path / "a").stdout
+
+
+def test_ctrl_c_within_an_update_is_held_back_until_it_is_whole(toy_base, toy_data, tmp_path, monkeypatch):
+    """The second update is applied, then Ctrl-C comes before it is counted: it must be neither lost nor done twice."""
+    how, real, calls = {"batch_size": 16, "epochs": 1, "lr": 1e-3}, torch.optim.AdamW.step, []
+
+    def step(self, *args, **kwargs):
+        result = real(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train.train("policy", toy_base, toy_data / "responses.jsonl", tmp_path / "a", **how)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert torch.load(tmp_path / "a/checkpoint.pt")["step"] == len(log(tmp_path / "a")) == 2
+    for name in "ab":
+        train.train("policy", toy_base, toy_data / "responses.jsonl", tmp_path / name, **how)
+    assert_same_weights(tmp_path / "a", tmp_path / "b", atol=1e-6)
 
 
 def test_a_loss_that_becomes_nan_stops_with_the_step_and_the_last_good_state(toy_base, toy_data, tmp_path, monkeypatch):
