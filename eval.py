@@ -1,11 +1,15 @@
-"""The paper's measurements: how accurate and how on-policy pairs are (Figure 3), how good policies are.
+"""The paper's measurements: how accurate and how on-policy pairs are (Figure 3), how good policies are, how
+well a reward model predicts preferences (Table 2).
 
-    python eval.py data pairs.jsonl [more.jsonl] --policy M
-    python eval.py policy M [N ...] --queries heldout.jsonl
+    python eval.py data pairs.jsonl [more.jsonl] --policy M [--judge J] [--plot figure3.png]
+    python eval.py policy M [N ...] --queries heldout.jsonl [--judge J]
+    python eval.py reward --model R --data F [F ...]
+    python eval.py answers --model M --queries Q.jsonl --out F.json     # for alpaca_eval
     python eval.py report runs/NAME [runs/OTHER ...]    # a run's table; of several, mean ± sd
+    python eval.py log runs/NAME/policy/log.jsonl [...] --plot curves.png
 
-A response's on-policy probability is exp(mean token log-prob) under the policy without principle. Accuracy
-and quality are what the toy world's grader says; a real model has no judge yet, and the tables say so.
+A response's on-policy probability is exp(mean token log-prob) under the policy without principle. The judge
+of pairs and answers is a chat model (--judge), or for the toy world's models its grader.
 """
 
 import argparse
@@ -16,14 +20,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
 
 import generate
 import sso
 import toy
 
-REPORT = ["pairs", "answers", "accuracy", "ties", "p(chosen)", "p(rejected)", "quality", "win rate", "words"]
+REPORT = ["pairs", "accuracy", "ties", "p(chosen)", "p(rejected)", "quality", "win rate", "words"]
 
 
 def stat(values):
@@ -32,69 +34,133 @@ def stat(values):
     return {"mean": statistics.fmean(values), "se": se, "n": len(values)}
 
 
-def win(a, b):
-    """1 for a win of a over b, a half for a tie, 0 for a loss."""
-    return 0.5 + 0.5 * ((a > b) - (a < b))
+# ---- The judge -----------------------------------------------------------------------------------
+
+def verdicts(judge, model, pairs):
+    """For each (query, a, b), a response being (text, finished): 1 if a is better, 0 if b is, 0.5 if undecided.
+
+    `judge` is a chat model that names the better of two anonymous outputs, m or M, in both orders: undecided
+    if the orders disagree. Without one the grader judges answers of toy models, and nobody those of others:
+    None."""
+    if judge:
+        return judge_verdicts(generate.load_chat(judge), [(query, a[0], b[0]) for query, a, b in pairs])
+    if generate.world(model) is toy:
+        grades = [(toy.grade(query, *a), toy.grade(query, *b)) for query, a, b in pairs]
+        return [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in grades]
 
 
-@torch.no_grad()
-def data(path, policy):
+def judge_verdicts(chat, pairs, budget=16384):
+    """`verdicts` of a chat model on (query, text a, text b): no text is parsed, the probabilities of the two
+    identifiers are compared, at the place where the answer starts."""
+    m, M = ("m", False), ("M", False)
+    examples = [sso.encode_pairs(chat.tokenizer, chat.end_id, [(sso.judge_messages(query, a, b), m, M),
+                                                               (sso.judge_messages(query, b, a), M, m)],
+                                 chat.context) for query, a, b in pairs]
+    a, b = generate.score(chat, examples, budget, name="judge")[0]          # (2, N): two orders
+    return ((a > b).float() + 0.5 * (a == b).float()).mean(0).tolist()
+
+
+# ---- Measurements --------------------------------------------------------------------------------
+
+def probabilities(chat, examples, budget):
+    """exp(mean token log-prob) and tokens of the responses of N one-row examples: two (2, N)."""
+    logps, tokens = (tensor[:, 0].cpu() for tensor in generate.score(chat, examples, budget))
+    return (logps / tokens).exp(), tokens
+
+
+def data(path, policy, judge=None, rows="policy"):
     """Measures of a preference file: pairs, accuracy, on-policy probability of chosen, rejected and both
-    under `policy`, lengths in tokens. Pairs that were dropped as equal or empty count as ties."""
+    under `policy`, lengths in tokens; of the first of `rows` of the pair table. Pairs that teach nothing
+    count as ties."""
     chat, s = generate.load_chat(policy), generate.resolve(policy, "policy", {})
-    records, examples = generate.read_pairs(path, "policy", chat, s["max_length"])
-    probs, lengths = torch.zeros(2, len(examples)), torch.zeros(2, len(examples))      # chosen, rejected
-    groups = sso.micro_batches(examples, s["micro_batch_tokens"])
-    for group in tqdm(groups, desc=f"scoring {path}", leave=False):
-        with generate.autocast():
-            logps, tokens = sso.pair_logps(chat.model, [examples[i] for i in group], chat.pad_id)  # (2, 1, b)
-        probs[:, group] = (logps / tokens).exp()[:, 0].cpu()
-        lengths[:, group] = tokens[:, 0].float().cpu()
-    measures = {"pairs": len(records), "accuracy": "no judge"}
-    if generate.world(policy) is toy:
-        grades = [[toy.grade(record["prompt"][-1]["content"], record[column][-1]["content"],
-                             record.get(f"{column}_finished", True)) for column in ("chosen", "rejected")]
-                  for record in records]
-        wins = [win(*pair) for pair in grades] + [0.5] * sum(generate.dropped(path).values())
-        measures["accuracy"] = stat([float(w == 1) for w in wins])
-        measures["ties"] = stat([float(w == 0.5) for w in wins])
+    records, examples, dropped = generate.read_pairs(path, rows, chat, s["max_length"])
+    probs, tokens = probabilities(chat, examples, s["micro_batch_tokens"])
+    firsts = [sso.preference_pairs(record, rows, chat.prompts)[0] for record in records]
+    scores = verdicts(judge, policy, [(prompt[-1]["content"], *both) for prompt, *both in firsts])
+    measures = {"pairs": len(records), "accuracy": "no judge", "ties": "no judge"}
+    if scores:
+        scores += [0.5] * dropped.total()
+        measures |= {"accuracy": stat(scores), "ties": stat([float(score == 0.5) for score in scores])}
     for name, values in (("p(chosen)", probs[0]), ("p(rejected)", probs[1]), ("p(both)", probs.mean(0)),
-                         ("tokens chosen", lengths[0]), ("tokens rejected", lengths[1])):
-        measures[name] = stat(values.tolist())
+                         ("tokens chosen", tokens[0]), ("tokens rejected", tokens[1])):
+        measures[name] = stat(values.float().tolist())
     return measures
 
 
-def policies(models, queries, folder, **given):
-    """Measures of the answers of `models` (name -> checkpoint) to `queries` without principle: quality, and
-    win, tie and loss against the first model. The answers are kept in `folder`."""
+def distributions(path, policy):
+    """On-policy probabilities of a preference file's responses, {"chosen": list, "rejected": list, "original":
+    list, if the file has them}: Figure 1, measured."""
+    chat, s = generate.load_chat(policy), generate.resolve(policy, "policy", {})
+    records, lists = generate.read_jsonl(path), {}
+    for rows, names in (("policy", ("chosen", "rejected")), ("original", ("chosen", "original"))):
+        if names[1] in records[0]:
+            examples = [sso.encode_pairs(chat.tokenizer, chat.end_id, sso.preference_pairs(r, rows, chat.prompts),
+                                         min(s["max_length"], chat.context)) for r in records]
+            lists |= zip(names, probabilities(chat, examples, s["micro_batch_tokens"])[0].tolist())
+    return lists
+
+
+def policies(models, queries, folder, judge=None, **given):
+    """Measures of the answers of `models` (name -> checkpoint) to `queries` without principle: quality by
+    the grader; by the judge win rate, wins, ties (undecided) and losses against the first model. The answers
+    are kept in `folder`."""
     measures, first = {}, None
     for name, model in models.items():
         path = Path(folder, "answers_" + re.sub(r"[^-.\w]", "_", str(name)) + ".jsonl")
         generate.responses(model, queries, path, roles=("original",), **given)
-        answers = [(r["prompt"][-1]["content"], r["original"][-1]["content"], r["original_finished"])
+        answers = [(r["prompt"][-1]["content"], (r["original"][-1]["content"], r["original_finished"]))
                    for r in generate.read_jsonl(path)]
-        measures[name] = {"answers": len(answers), "quality": "no judge", "win rate": "no judge",
-                          "words": stat([len(text.split()) for _, text, _ in answers]),
-                          "finished": stat([float(finished) for *_, finished in answers])}
+        first = first or answers
+        row = measures[name] = {"answers": len(answers), "quality": "no judge", "win rate": "no judge"}
         if generate.world(model) is toy:
-            quality = [toy.grade(*answer) for answer in answers]
-            first = first or quality
-            wins = [win(*pair) for pair in zip(quality, first)]
-            measures[name] |= {"quality": stat(quality), "win rate": stat(wins)}
-            for word, score in (("win", 1), ("tie", 0.5), ("loss", 0)):
-                measures[name][word] = wins.count(score) / len(wins)
+            row["quality"] = stat([toy.grade(query, *answer) for query, answer in answers])
+        scores = verdicts(judge, model, [(query, a, b) for (query, a), (_, b) in zip(answers, first)])
+        if scores:
+            row["win rate"] = stat(scores)
+            row |= {word: scores.count(s) / len(scores) for word, s in (("win", 1), ("tie", 0.5), ("loss", 0))}
+        row["words"] = stat([len(text.split()) for _, (text, _) in answers])
+        row["finished"] = stat([float(finished) for _, (_, finished) in answers])
     return measures
+
+
+def reward(model, path):
+    """How often a reward model puts chosen above rejected: {"all": stat}, and if the records have a `subset`,
+    as RewardBench's do, the same by subset and the "average" over subsets."""
+    chat = generate.load_chat(model, of=generate.REWARD)
+    s = generate.resolve(model, "reward", {})
+    records, examples, _ = generate.read_pairs(path, "policy", chat, s["max_length"])
+    chosen, rejected = generate.score(chat, examples, s["micro_batch_tokens"], of=sso.pair_rewards)[0][:, 0]
+    right = ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).tolist()
+    subsets = {}
+    for record, score in zip(records, right):
+        subsets.setdefault(record.get("subset"), []).append(score)
+    rows = {name: {"pairs": len(scores), "accuracy": stat(scores)} for name, scores in subsets.items() if name}
+    if rows:
+        means = [row["accuracy"]["mean"] for row in rows.values()]
+        rows["average"] = {"pairs": len(rows), "accuracy": statistics.fmean(means)}
+    return rows | {"all": {"pairs": len(right), "accuracy": stat(right)}}
+
+
+def answers(model, queries, out, **given):
+    """Write the answers of a model to `queries` to OUT, as the list of objects that alpaca_eval reads."""
+    generate.responses(model, queries, f"{out}.jsonl", roles=("original",), **given)
+    made = [{"instruction": r["prompt"][-1]["content"], "output": r["original"][-1]["content"],
+             "generator": str(model)} for r in generate.read_jsonl(f"{out}.jsonl")]
+    generate.write_text(out, json.dumps(made, indent=1, ensure_ascii=False))
 
 
 # ---- Tables --------------------------------------------------------------------------------------
 
-def write_report(out, base, given):
-    """Measure a run's pairs and policies, and write report.json."""
-    models = {"base": base, "PBAA": out / "pbaa", "SSO": out / "policy"}
-    rows = policies(models, out / "heldout.jsonl", out, **given)
-    for name, file in (("PBAA", "responses.jsonl"), ("SSO", "pairs.jsonl")):
-        rows[name] = data(out / file, base) | rows[name]
-    generate.write_text(out / "report.json", json.dumps(rows, indent=1))
+def write_report(out, rows, given, judge=None):
+    """Measure a run's pairs and policies, and write report.json. `rows`: name -> (pairs or None, the rows of
+    the pair table that they are used in, the policy that they are for, the policy trained on them)."""
+    if (out / "report.json").exists() and not judge:
+        return
+    report = policies({name: trained for name, (*_, trained) in rows.items()}, out / "heldout.jsonl", out,
+                      judge, **given)
+    for name, (pairs, used_in, policy, _) in rows.items():
+        report[name] |= data(pairs, policy, judge, used_in) if pairs else {}
+    generate.write_text(out / "report.json", json.dumps(report, indent=1))
 
 
 def print_table(rows, columns):
@@ -111,6 +177,19 @@ def print_table(rows, columns):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
 
 
+def over_runs(runs, pairs, columns=REPORT):
+    """Of several reports {row: {column: stat}}: rows of mean and sd over runs, and for each (a, b) of `pairs`
+    a row "a - b" of the mean paired difference and its standard error."""
+    def means(name, column):            # one a run; none if a run does not have it
+        cells = [run.get(name, {}).get(column) for run in runs]
+        return [cell["mean"] for cell in cells] if all(isinstance(cell, dict) for cell in cells) else []
+    rows = {name: {column: {"mean": statistics.fmean(values), "sd": stat(values)["se"] * len(values) ** 0.5}
+                   for column in columns if (values := means(name, column))} for name in runs[0]}
+    paired = {f"{a} - {b}": {column: stat([x - y for x, y in zip(means(a, column), means(b, column))])
+                             for column in columns if means(a, column) and means(b, column)} for a, b in pairs}
+    return rows, paired
+
+
 def print_report(folders):
     """The table of a run; of several mean ± sd over runs, and paired differences ± standard error."""
     runs = []
@@ -120,47 +199,75 @@ def print_report(folders):
             raise sso.UserError(f"{path}: no such file; `python train.py --out {folder}` writes it")
         runs.append(json.loads(path.read_text(encoding="utf-8")))
     if len(runs) == 1:
-        print("\nmean ± standard error over pairs and over held-out queries; dropped pairs count as ties:\n")
+        print("\nmean ± standard error over pairs and over held-out queries; pairs that teach nothing are ties:\n")
         return print_table(runs[0], REPORT)
-
-    def means(name, column):            # one a run; none if a run does not have it
-        cells = [run[name].get(column) for run in runs]
-        return [cell["mean"] for cell in cells] if all(isinstance(cell, dict) for cell in cells) else []
-    rows = {name: {column: {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
-                   for column in REPORT if (values := means(name, column))} for name in runs[0]}
-    paired = {f"{a} - {b}": {column: stat([x - y for x, y in zip(means(a, column), means(b, column))])
-                             for column in REPORT if means(a, column) and means(b, column)}
-              for a, b in (("PBAA", "base"), ("SSO", "base"), ("SSO", "PBAA"))}
+    names = list(runs[0])
+    rows, paired = over_runs(runs, [(a, b) for i, a in enumerate(names) for b in names[:i]])
     print(f"mean ± standard deviation over {len(runs)} runs:\n")
-    print_table(rows, REPORT[2:])
+    print_table(rows, REPORT[1:])
     print("\npaired difference ± standard error over runs:\n")
-    print_table(paired, REPORT[2:])
+    print_table(paired, REPORT[1:])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    model = {"metavar": "M", "help": "checkpoint folder or Hugging Face id"}
+    judge = {"metavar": "J", "help": "chat model that judges (default: the toy world's grader)"}
     command = commands.add_parser("data", help="measure preference files")
     command.add_argument("files", nargs="+", metavar="F", help="preference file (JSONL)")
-    command.add_argument("--policy", required=True, metavar="M", help="checkpoint folder or Hugging Face id")
+    command.add_argument("--policy", required=True, **model)
+    command.add_argument("--judge", **judge)
+    command.add_argument("--plot", metavar="FILE", help="draw Figure 3 (needs matplotlib)")
     command = commands.add_parser("policy", help="measure policies by their answers")
     command.add_argument("models", nargs="+", metavar="M", help="checkpoints; the first is compared with")
     command.add_argument("--queries", required=True, metavar="FILE", help="held-out queries (JSONL)")
     command.add_argument("--out", metavar="DIR", help="keep the answers here, and continue from them")
+    command.add_argument("--judge", **judge)
+    generate.add_settings(command, "responses")
+    command = commands.add_parser("reward", help="measure a reward model")
+    command.add_argument("--model", required=True, **model)
+    command.add_argument("--data", required=True, nargs="+", metavar="F", help="preference file (JSONL)")
+    command = commands.add_parser("answers", help="write answers for alpaca_eval")
+    command.add_argument("--model", required=True, **model)
+    command.add_argument("--queries", required=True, metavar="FILE", help="queries (JSONL)")
+    command.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
     generate.add_settings(command, "responses")
     command = commands.add_parser("report", help="print the table of one run, or of several together")
-    command.add_argument("runs", nargs="+", metavar="DIR", help="folder of a run of train.py")
+    command.add_argument("folders", nargs="+", metavar="DIR", help="folder of a run of train.py")
+    command = commands.add_parser("log", help="draw training curves")
+    command.add_argument("files", nargs="+", metavar="F", help="log.jsonl of a training")
+    command.add_argument("--plot", required=True, metavar="FILE", help="picture to write (needs matplotlib)")
     args = vars(parser.parse_args())
-    command = args.pop("command")
-    if command == "report":
-        return print_report(args["runs"])
-    if command == "data":
-        rows = {path: data(path, args["policy"]) for path in args["files"]}
-    else:
-        models, queries, out = args.pop("models"), args.pop("queries"), args.pop("out")
-        with tempfile.TemporaryDirectory() as temporary:
-            rows = policies(dict(zip(models, models)), queries, out or temporary, **args)
-    print_table(rows, list(rows[next(iter(rows))]))
+    {"data": data_command, "policy": policy_command, "reward": reward_command, "answers": answers,
+     "report": print_report, "log": log_command}[args.pop("command")](**args)
+
+
+def data_command(files, policy, judge, plot):
+    rows = {path: data(path, policy, judge) for path in files}
+    print_table(rows, list(rows[files[0]]))
+    if plot:
+        import figures
+        lists = {path: distributions(path, policy) for path in files}
+        figures.draw(plot, [lambda axes: figures.figure3(axes, rows)] + [
+            lambda axes, path=path: figures.distribution(axes, path, lists[path]) for path in files])
+
+
+def policy_command(models, queries, out, judge, **given):
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = policies(dict(zip(models, models)), queries, out or temporary, judge, **given)
+    print_table(rows, list(rows[models[0]]))
+
+
+def reward_command(model, data):
+    for path in data:
+        print(f"\n{path}:\n")
+        print_table(reward(model, path), ["pairs", "accuracy"])
+
+
+def log_command(files, plot):
+    import figures
+    figures.draw(plot, figures.training(files))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Steps 1 and 2 of SSO, and the sampling of step 4: a model writes principles, then answers under them.
 
     python generate.py principles --model M --queries Q.jsonl --out principles.jsonl
+    python generate.py principles --principles data/features.jsonl --queries Q.jsonl --out principles.jsonl
     python generate.py responses --model M --principles principles.jsonl --out responses.jsonl
     python generate.py responses --model G --principles principles.jsonl --out pairs.jsonl --roles good bad
 
@@ -16,6 +17,7 @@ import collections
 import hashlib
 import json
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +26,8 @@ import jinja2
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          GenerationConfig)
 from transformers.utils import logging
 
 import sso
@@ -33,11 +36,13 @@ from sso import UserError
 
 logging.disable_progress_bar()
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REWARD = AutoModelForSequenceClassification
+CHOICES = {"objective": sso.PAIRS, "base": sso.BASE_LOSSES}     # settings that are names and no numbers
 
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-def read_jsonl(path):
+def read_jsonl(path, needs=("prompt",)):
     """The records of a JSONL file; prompt and responses, which may be strings, as lists of messages. An error
     names the file and the line."""
     if not Path(path).is_file():
@@ -51,8 +56,9 @@ def read_jsonl(path):
         except (ValueError, TypeError) as error:                # not UTF-8, not JSON; not an object
             what = f"line {number}: not a JSON object ({error})" if line or number > 1 else "an empty file"
             raise UserError(f"{path}, {what}; one JSON object a line is expected") from None
-        if not record.get("prompt") or not str(record["prompt"]).strip():
-            raise UserError(f"{path}, line {number}: a record without a 'prompt'")
+        for key in needs:
+            if not record.get(key) or not str(record[key]).strip():
+                raise UserError(f"{path}, line {number}: a record without a {key!r}")
         for column in {"prompt", *sso.COLUMNS.values()} & record.keys():
             messages = record[column]
             if isinstance(messages, str):
@@ -66,24 +72,6 @@ def read_jsonl(path):
     return records
 
 
-def read_pairs(path, objective, chat, max_length):
-    """The records of a preference file, and of each its R encoded pairs (`sso.encode_pairs`)."""
-    records, examples = read_jsonl(path), []
-    max_length = min(max_length, chat.context)
-    for number, record in enumerate(records, 1):
-        try:
-            for column in {sso.COLUMNS[role] for row in sso.PAIRS[objective].values() for role in row[1:]}:
-                if column not in record:
-                    raise UserError(f"a record without {column!r}, which objective {objective!r} needs")
-                if record[column][:-1] not in ([], record["prompt"]):
-                    raise UserError(f"what comes before the last message of {column!r} is not the prompt")
-            pairs = sso.preference_pairs(record, objective, chat.prompts)
-            examples.append(sso.encode_pairs(chat.tokenizer, chat.end_id, pairs, max_length))
-        except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-    return records, examples
-
-
 def read_queries(path):
     """The records of a file of queries, each a single message of the user."""
     records = read_jsonl(path)
@@ -91,6 +79,38 @@ def read_queries(path):
         if [message["role"] for message in record["prompt"]] != ["user"]:
             raise UserError(f"{path}, line {number}: a query is one user message, or a string")
     return records
+
+
+def teaches_nothing(pairs):
+    """Why the pairs of a record (`sso.preference_pairs`) are of no use, or None."""
+    if not all(text.strip() for _, *responses in pairs for text, _ in responses):
+        return "empty response"
+    same = all(winner[0].strip() == loser[0].strip() for _, winner, loser in pairs)
+    return "chosen equals rejected" if same else None
+
+
+def read_pairs(path, objective, chat, max_length):
+    """Of a preference file: the records that teach something, of each its R encoded pairs
+    (`sso.encode_pairs`), and how many others there are, by reason."""
+    records, examples, dropped = [], [], collections.Counter()
+    for number, record in enumerate(read_jsonl(path), 1):
+        try:
+            for column in {sso.COLUMNS[role] for row in sso.PAIRS[objective].values() for role in row[1:]}:
+                if column not in record:
+                    raise UserError(f"a record without {column!r}, which objective {objective!r} needs")
+                if record[column][:-1] not in ([], record["prompt"]):
+                    raise UserError(f"what comes before the last message of {column!r} is not the prompt")
+            pairs = sso.preference_pairs(record, objective, chat.prompts)
+            if reason := teaches_nothing(pairs):
+                dropped[reason] += 1
+                continue
+            examples.append(sso.encode_pairs(chat.tokenizer, chat.end_id, pairs, min(max_length, chat.context)))
+            records.append(record)
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    if not records:
+        raise UserError(f"{path}: no pair is left: {dict(dropped)}")
+    return records, examples, dropped
 
 
 def write_text(path, text):
@@ -112,16 +132,15 @@ def fingerprint(path):
     return hashlib.sha256(b"".join(heads)).hexdigest()[:12]
 
 
-def claim(out, settings, inputs, done=None, work=None):
-    """None if an output is complete; an error if it was made with other settings, or not by this command;
-    else what to `write_text` as a note of its settings, once its inputs (name -> path) have proved good. For
-    a folder, `done` names the file in it that proves it complete, and `work` those that show it begun."""
-    inside = Path(out) if done else None
-    note = inside / "args.json" if inside else Path(f"{out}.args.json")
-    done = inside / done if inside else Path(out)
-    work = [inside / name for name in work] if inside else [Path(f"{out}.partial")]
-    settings = dict(settings)
-    settings.pop("micro_batch_tokens", None)        # it does not change the result
+def claim(out, settings, inputs, folder=False):
+    """None if an output, a file or the folder of a model, is complete; an error if it was made with other
+    settings, or not by this command; else what to `write_text` as a note of its settings, once its inputs
+    (name -> path) have proved good."""
+    done, note, work = Path(out), Path(f"{out}.args.json"), [Path(f"{out}.partial")]
+    if folder:
+        done, note, work = (done / "config.json", done / "args.json",
+                            [done / "log.jsonl", done / "checkpoint.pt"])
+    settings = {key: value for key, value in settings.items() if key != "micro_batch_tokens"}    # no effect
     for name, path in inputs.items():
         settings[name] = os.path.relpath(path, note.parent) if os.path.exists(path) else str(path)
         settings[f"content of {name}"] = fingerprint(path)
@@ -134,6 +153,13 @@ def claim(out, settings, inputs, done=None, work=None):
             raise UserError(f"{out} was made with {key} = {before.get(key)!r}, not {value!r}: choose another "
                             f"--out, or delete {', '.join(begun)} and {note} to make it again")
     return None if done.exists() else (note, json.dumps(settings, indent=1))
+
+
+def write_once(out, settings, inputs, records):
+    """Write a JSONL file and the note of its settings, unless it is complete."""
+    if note := claim(out, settings, inputs):
+        write_text(*note)
+        write_text(out, as_lines(records))
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -159,6 +185,8 @@ def resolve(path, stage, given):
     """The settings of a stage: the defaults of the model's world, and over them what the user gave."""
     settings = world(path).SETTINGS[stage] | {key: value for key, value in given.items() if value is not None}
     for key, value in settings.items():
+        if key in CHOICES:
+            continue
         may_be_zero = key in ("seed", "temperature", "gamma", "weight_decay", "warmup")
         least = 0 if may_be_zero else 1 if isinstance(value, int) else 1e-12
         most = 1 if key in ("top_p", "warmup") else 2**40 if key == "seed" else float("inf")
@@ -189,30 +217,42 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_chat(path, dtype=torch.float32):
-    """Load a chat model from a folder or the Hugging Face hub."""
+def load_chat(path, dtype=torch.float32, of=AutoModelForCausalLM):
+    """Load a chat model from a folder or the Hugging Face hub; `of` may be REWARD, a model with a head for one
+    number in place of the vocabulary."""
     tokenizer = load_tokenizer(path)
     if world(path) is toy:
         toy.use_one_thread()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        model = of.from_pretrained(path, dtype=dtype, **({"num_labels": 1} if of is REWARD else {}))
+        model = model.to(device).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"model {path}: it cannot be loaded ({str(error).strip().splitlines()[0]})") from None
     try:
-        model.generation_config.validate(strict=True)
+        own = getattr(model, "generation_config", None) or GenerationConfig.from_model_config(model.config)
+        own.validate(strict=True)
     except ValueError:          # say, a temperature without do_sample: transformers would refuse to save it
-        model.generation_config.do_sample = True
-    probe = torch.tensor([[0, 1]], device=device)
-    with torch.no_grad():       # `sso.response_logps` takes the head's logits for the model's
-        logits = model.get_output_embeddings()(model.base_model(probe).last_hidden_state)
-        if not torch.allclose(logits.float(), model(probe).logits.float(), rtol=1e-2, atol=1e-2):
-            raise UserError(f"model {path}: it changes its logits after the output head: not supported")
-    ids = model.generation_config.eos_token_id
+        own.do_sample = True
+    ids = own.eos_token_id
     stop_ids = sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
-    pad_id = stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id      # always masked
     end_id = sso.end_of_turn_id(tokenizer, stop_ids)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id == end_id:      # padding is always masked, but a reward is read off the last
+        pad_id = next((i for i in stop_ids if i != end_id), stop_ids[0])     # token that is no padding
+    if of is REWARD:
+        model.config.pad_token_id = pad_id
+    elif not head_is_last(model):
+        raise UserError(f"model {path}: it changes its logits after the output head: not supported")
     context = getattr(model.config, "max_position_embeddings", 2**30)
     return Chat(model, tokenizer, stop_ids, end_id, pad_id, context, world(path).PROMPTS)
+
+
+@torch.no_grad()
+def head_is_last(model):
+    """Whether the output head's logits are the model's, as `sso.response_logps` takes for granted."""
+    probe = torch.tensor([[0, 1]], device=device)
+    logits = model.get_output_embeddings()(model.base_model(probe).last_hidden_state)
+    return torch.allclose(logits.float(), model(probe).logits.float(), rtol=1e-2, atol=1e-2)
 
 
 def load_sampler(path):
@@ -231,6 +271,17 @@ def load_sampler(path):
 def autocast():
     """bf16 matrix products on CUDA. Weights stay fp32: in bf16, steps of 5e-7 would be rounded away."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def score(chat, examples, budget, of=sso.pair_logps, name="scoring"):
+    """Log-probs (or `of` another kind) and tokens of all examples of R encoded pairs: two (2, R, examples)."""
+    scores = torch.zeros(2, len(examples[0]), len(examples), device=device)
+    tokens = torch.zeros_like(scores, dtype=torch.long)
+    for group in tqdm(sso.micro_batches(examples, budget), desc=name, leave=False):
+        with autocast():
+            scores[:, :, group], tokens[:, :, group] = of(chat.model, [examples[i] for i in group], chat.pad_id)
+    return scores, tokens
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -264,11 +315,10 @@ def sample(chat, prompts, seed, s):
     return responses
 
 
-def generate_file(out, records, make, s, reject=lambda record: None):
+def generate_file(out, records, make, s):
     """Make a record from each of `records` by `make(batch, seed)` -> (new records, tokens), a batch at a
-    time, in OUT.partial; then write those against which `reject(record)` names no reason to OUT, in the
-    order of the input."""
-    partial, note, size = Path(f"{out}.partial"), Path(f"{out}.args.json"), s["batch_size"]
+    time, in OUT.partial; then write them to OUT in the order of the input, and return them."""
+    partial, size = Path(f"{out}.partial"), s["batch_size"]
     lines = partial.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if partial.exists() else []
     lines = lines[:len(lines) // size * size]      # whole batches; the last line may be cut off, too
     write_text(partial, "".join(line + "\n" for line in lines))
@@ -286,25 +336,11 @@ def generate_file(out, records, make, s, reject=lambda record: None):
             tokens += new
             bar.set_postfix({"tokens/s": int(tokens / max(1e-9, bar.format_dict["elapsed"]))}, refresh=False)
             bar.update(len(made))
-    kept, reasons = {}, collections.Counter()
-    for i, line in zip(order, partial.read_text(encoding="utf-8").split("\n")):
-        record = json.loads(line)
-        if reason := reject(record):
-            reasons[reason] += 1
-        else:
-            kept[i] = record
-    if not kept:
-        raise UserError(f"{out}: no record is left: {dict(reasons)}")
-    settings = json.loads(note.read_text(encoding="utf-8"))
-    write_text(note, json.dumps(settings | {"dropped": reasons}, indent=1))
-    write_text(out, as_lines(kept[i] for i in sorted(kept)))
+    made = dict(zip(order, map(json.loads, partial.read_text(encoding="utf-8").split("\n")[:-1])))
+    made = [made[i] for i in range(len(records))]
+    write_text(out, as_lines(made))
     partial.unlink()
-
-
-def dropped(path):
-    """How many pairs `responses` dropped from a file it wrote, by reason; none for any other file."""
-    note = Path(f"{path}.args.json")
-    return json.loads(note.read_text(encoding="utf-8")).get("dropped", {}) if note.exists() else {}
+    return made
 
 
 # ---- The two commands ----------------------------------------------------------------------------
@@ -326,22 +362,31 @@ def principles(model, queries, out, **given):
                                   "bad_principle": bad or chat.prompts["fallback_bad"], "fallback": not good})
         return made, sum(tokens for *_, tokens in answers)
 
-    generate_file(out, records, make, s)
-    fallbacks = sum(record["fallback"] for record in read_jsonl(out))
+    fallbacks = sum(record["fallback"] for record in generate_file(out, records, make, s))
     print(f"{out}: {len(records)} queries, {fallbacks} with the fixed pair (no principles in the answer)")
 
 
-def teaches_nothing(record):
-    """Why a preference pair is of no use, or None."""
-    texts = [record[column][-1]["content"].strip() for column in sso.COLUMNS.values() if column in record]
-    if not all(texts):
-        return "empty response"
-    return "chosen equals rejected" if texts[0] == texts[1] else None
+def written_principles(path, queries, out, seed=0):
+    """Step 1 without a model: principles from a file. One with a prompt is for that query; of those without,
+    two are drawn for each other query, and joined."""
+    keys, own, general, made = ("good_principle", "bad_principle"), {}, [], []
+    for record in read_jsonl(path, needs=keys):
+        if "prompt" in record:
+            own[record["prompt"][-1]["content"]] = record
+        else:
+            general.append(record)
+    for number, record in enumerate(read_queries(queries), 1):
+        query = record["prompt"][0]["content"]
+        if query not in own and len(general) < 2:
+            raise UserError(f"{queries}, line {number}: {path} has no principles for this query")
+        drawn = [own[query]] if query in own else random.Random(f"{seed} {query}").sample(general, 2)
+        made.append(record | {key: " ".join(record[key] for record in drawn) for key in keys})
+    write_once(out, {"seed": seed}, {"principles": path, "queries": queries}, made)
 
 
 def responses(model, principles, out, roles=tuple(sso.COLUMNS), **given):
     """Step 2, and with the data generator as model the pairs of step 4: write to OUT the responses y+
-    (chosen), y- (rejected) and yo (original) to each query, those of `roles`."""
+    (chosen), y- (rejected) and yo (original) to each query, those of `roles`, beside what is there."""
     s, records = resolve(model, "responses", given), read_jsonl(principles)
     for number, record in enumerate(records, 1):
         try:
@@ -356,18 +401,20 @@ def responses(model, principles, out, roles=tuple(sso.COLUMNS), **given):
 
     def make(batch, seed):
         made, total = [dict(record) for record in batch], 0
-        for i, role in enumerate(roles):
+        for role in roles:
             prompts = [sso.role_messages(role, record, chat.prompts) for record in batch]
-            for record, (text, finished, tokens) in zip(made, sample(chat, prompts, seed + i, s)):
+            answers = sample(chat, prompts, seed + list(sso.COLUMNS).index(role), s)
+            for record, (text, finished, tokens) in zip(made, answers):
                 record[sso.COLUMNS[role]] = [{"role": "assistant", "content": text}]
                 record[f"{sso.COLUMNS[role]}_finished"] = finished
                 total += tokens
         return made, total
 
-    if not {"good", "bad"} <= set(roles):
-        return generate_file(out, records, make, s)
-    generate_file(out, records, make, s, reject=teaches_nothing)
-    print(f"{out}: {len(records)} pairs, less those that teach nothing: {dropped(out) or 0}")
+    made = generate_file(out, records, make, s)
+    if {"chosen", "rejected"} <= made[0].keys():
+        useless = collections.Counter(teaches_nothing(sso.preference_pairs(r, "policy")) for r in made)
+        useless.pop(None, None)
+        print(f"{out}: {len(made)} pairs; no use in training, and so skipped there: {dict(useless) or 0}")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -378,13 +425,17 @@ HELP = {"seed": "of sampling, or of the order of the data", "batch_size": "queri
         "beta": "β of L_base", "gamma": "γ of L_sft", "weight_decay": "of AdamW, on matrices",
         "warmup": "share of the steps, then a cosine to zero", "clip": "largest gradient norm",
         "examples": "queries to train on, at most", "max_length": "tokens of prompt and response, at most",
-        "micro_batch_tokens": "padded tokens at once: memory and speed, not the result"}
+        "micro_batch_tokens": "padded tokens at once: memory and speed, not the result",
+        "objective": "rows of the pair table", "base": "L_base"}
 
 
 def add_settings(parser, stage, prefix="--"):
     """A flag for each setting of a stage. The defaults depend on the model, so none is set here."""
     for key, default in sso.SETTINGS[stage].items():
-        parser.add_argument(prefix + key.replace("_", "-"), type=type(default), metavar="V",
+        if key in CHOICES and prefix != "--":       # of a whole run, --objective and --base say these
+            continue
+        parser.add_argument(prefix + key.replace("_", "-"), type=type(default), choices=CHOICES.get(key),
+                            metavar=None if key in CHOICES else "V",
                             help=f"{HELP[key]} (default {default}, toy {toy.SETTINGS[stage][key]})")
 
 
@@ -409,14 +460,24 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     for name, source in (("principles", "queries"), ("responses", "principles")):
         command = commands.add_parser(name)
-        command.add_argument("--model", required=True, help="checkpoint folder or Hugging Face id")
+        command.add_argument("--model", required=name == "responses", help="checkpoint folder or Hugging Face id")
         command.add_argument(f"--{source}", required=True, metavar="FILE", help="JSONL, a 'prompt' a line")
         command.add_argument("--out", required=True, metavar="FILE", help="JSONL file to write")
+        if name == "principles":
+            command.add_argument("--principles", metavar="FILE", help="in place of --model: written principles")
+        else:
+            command.add_argument("--roles", nargs="+", choices=sso.COLUMNS, default=list(sso.COLUMNS),
+                                 help="responses to sample (default: all; from the data generator: good bad)")
         add_settings(command, name)
-    command.add_argument("--roles", nargs="+", choices=sso.COLUMNS, default=list(sso.COLUMNS),
-                         help="responses to sample (default: all three; from the data generator: good bad)")
     args = vars(parser.parse_args())
-    {"principles": principles, "responses": responses}[args.pop("command")](**args)
+    if args.pop("command") == "responses":
+        return responses(**args)
+    written = args.pop("principles")
+    if (args["model"] is None) == (written is None):
+        parser.error("principles: give either --model or --principles")
+    if written:
+        return written_principles(written, args["queries"], args["out"], args["seed"] or 0)
+    principles(**args)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ K response tokens of a batch, D hidden size, V vocabulary.
 What this file does not do: several turns, packing, chunked logits (the README lists all deviations).
 """
 
+import json
 import re
 
 import torch
@@ -31,10 +32,13 @@ SETTINGS = {   # for a real model; toy.py has its own
     # Paper: lr, β, γ, batch sizes and one epoch as here; schedule and weight decay from the released scripts.
     "generator": {"seed": 0, "lr": 5e-7, "epochs": 1, "batch_size": 32, "beta": 0.1, "gamma": 0.1,
                   "weight_decay": 0.1, "warmup": 0.04, "clip": 1.0, "examples": 8_000,
-                  "max_length": 4096, "micro_batch_tokens": 4096},
+                  "max_length": 4096, "micro_batch_tokens": 4096, "objective": "sso", "base": "dpo"},
     "policy": {"seed": 0, "lr": 5e-7, "epochs": 1, "batch_size": 256, "beta": 0.1, "gamma": 0.0,
                "weight_decay": 0.1, "warmup": 0.04, "clip": 1.0, "examples": 60_000,
-               "max_length": 4096, "micro_batch_tokens": 4096},
+               "max_length": 4096, "micro_batch_tokens": 4096, "objective": "policy", "base": "dpo"},
+    # Section 5.3 names no settings for the reward model: these are common ones, not the paper's.
+    "reward": {"seed": 0, "lr": 2e-6, "epochs": 1, "batch_size": 128, "weight_decay": 0.1, "warmup": 0.04,
+               "clip": 1.0, "examples": 1_000_000, "max_length": 4096, "micro_batch_tokens": 4096},
 }
 
 
@@ -80,6 +84,24 @@ Supply a short function that can be run and say how it treats case and spaces.
     # Used when the model's answer holds no pair of guidelines.
     "fallback_good": "Be as helpful as you can: answer exactly what is asked, correctly and completely.",
     "fallback_bad": "Be of little help: answer beside the point, vaguely and incompletely.",
+    # The judge (Section 6.3, Table 9): two anonymous outputs, and the name of the better one left open.
+    "judge_system": "You compare answers of language models and name the better one, as careful people would.",
+    "judge": """\
+Two language models were given the same instruction. Their outputs follow, each under an identifier, in no \
+particular order. Decide which output people would prefer.
+
+## Instruction
+{instruction}
+
+## Outputs
+[{{"identifier": "m", "output": {m}}},
+ {{"identifier": "M", "output": {M}}}]
+
+## Task
+Weigh how correct, relevant and helpful each output is. Your answer is used as a name in a ranking, so \
+write the identifier of the better output, m or M, and nothing else: no quotes, no explanation.
+
+## Identifier of the better output""",
 }
 
 
@@ -109,13 +131,28 @@ def role_messages(role, record, prompts=PROMPTS):
     return [{"role": "system", "content": system}] + record["prompt"]
 
 
+def judge_messages(instruction, m, M):
+    """Chat messages that ask which of two outputs, called "m" and "M", is better (Table 9)."""
+    quoted = {"instruction": json.dumps(instruction, ensure_ascii=False),     # so that no text can end its field
+              "m": json.dumps(m, ensure_ascii=False), "M": json.dumps(M, ensure_ascii=False)}
+    return [{"role": "system", "content": PROMPTS["judge_system"]},
+            {"role": "user", "content": PROMPTS["judge"].format(**quoted)}]
+
+
 # ---- 2. The table of preference pairs ------------------------------------------------------------
 
-# objective -> {term of the loss: (prompt, winner, loser)}, each named by its role.
+# A preference pair is (prompt, winner, loser), each named by its role.
+L, L_PLUS = ("original", "good", "bad"), ("good", "good", "bad")     # under x, y+ over y-; Eq. 2: under x+
+L_MINUS, L_MINUS_EQ3 = ("bad", "original", "good"), ("bad", "bad", "good")   # Eq. 4: under x-, yo over y+
+
+# objective -> {term of the loss: pair}
 PAIRS = {
-    "sso": {"L+": ("good", "good", "bad"),          # Eq. 2: under x+, y+ over y-
-            "L-": ("bad", "original", "good")},     # Eq. 4: under x-, yo over y+ (Eq. 3 would take y-)
-    "policy": {"L": ("original", "good", "bad")},   # step 4 and PBAA: under x, y+ over y-
+    "sso": {"L+": L_PLUS, "L-": L_MINUS},                # Eq. 1, the data generator
+    "plus": {"L+": L_PLUS}, "minus": {"L-": L_MINUS},    # Table 3: one of its terms alone
+    "eq3": {"L+": L_PLUS, "L-": L_MINUS_EQ3},            # Table 4: Eq. 3 in place of Eq. 4
+    "policy": {"L": L},                                  # step 4 and PBAA, the policy
+    "original": {"L": ("original", "good", "original")},     # a baseline of ours: under x, y+ over yo
+    "joint": {"L": L, "L+": L_PLUS, "L-": L_MINUS},      # version 1: one model; weights in `joint_weights`
 }
 
 # role -> column of a record. Records are rows of a standard preference file, with more columns.
@@ -213,24 +250,45 @@ def response_logps(model, input_ids, response_mask):
     return per_position.sum(1), scored.sum(1)           # (N,), (N,)
 
 
+def pad_pairs(examples, pad_id, device):
+    """B examples of R encoded pairs as 2·R·B rows, winners then losers: what `right_pad` returns."""
+    pairs = [pair for example in zip(*examples) for pair in example]                     # R·B, row by row
+    padded = right_pad([(prompt, winner) for prompt, winner, _ in pairs]
+                       + [(prompt, loser) for prompt, _, loser in pairs], pad_id)
+    return (tensor.to(device) for tensor in padded)
+
+
 def pair_logps(model, examples, pad_id):
     """Log-probs and tokens of B examples of R encoded pairs: two (2, R, B), winners then losers."""
-    pairs = [pair for example in zip(*examples) for pair in example]                     # R·B, row by row
-    input_ids, response_mask = right_pad([(prompt, winner) for prompt, winner, _ in pairs]
-                                         + [(prompt, loser) for prompt, _, loser in pairs], pad_id)
-    logps, tokens = response_logps(model, input_ids.to(model.device), response_mask.to(model.device))
+    logps, tokens = response_logps(model, *pad_pairs(examples, pad_id, model.device))
     return logps.view(2, -1, len(examples)), tokens.view(2, -1, len(examples))           # (2, R, B)
+
+
+def pair_rewards(model, examples, pad_id):
+    """Rewards r(x, y) of a sequence-classification model, and tokens, as `pair_logps` gives log-probs."""
+    input_ids, response_mask = pad_pairs(examples, pad_id, model.device)
+    rewards = model(input_ids).logits.float()        # (N, 1), read off the last token that is no padding
+    return rewards.view(2, -1, len(examples)), response_mask.sum(1).view(2, -1, len(examples))   # (2, R, B)
 
 
 # ---- 5. Losses -----------------------------------------------------------------------------------
 
-def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """DPO (Rafailov et al. 2023) of summed log-probs of any one shape: losses, and the detached implicit
-    rewards of winner and loser, all of that shape. With policy = reference every loss is ln 2."""
-    chosen_rewards = beta * (policy_chosen - ref_chosen)             # β log π_θ(y_w|x)/π_ref(y_w|x)
-    rejected_rewards = beta * (policy_rejected - ref_rejected)       # β log π_θ(y_l|x)/π_ref(y_l|x)
-    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)        # DPO's Eq. 7
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+# A base loss takes three (2, ...) tensors, winners and losers: log-probs of policy and of reference, tokens.
+# It returns losses (...) and detached implicit rewards (2, ...).
+
+def dpo_loss(policy_logps, ref_logps, tokens, beta):
+    """DPO (Rafailov et al. 2023), on summed log-probs. With policy = reference every loss is ln 2."""
+    rewards = beta * (policy_logps - ref_logps)              # β log π_θ(y|x)/π_ref(y|x)
+    return -F.logsigmoid(rewards[0] - rewards[1]), rewards.detach()          # DPO's Eq. 7
+
+
+def ipo_loss(policy_logps, ref_logps, tokens, beta):
+    """IPO (Azar et al. 2023), on means over response tokens. With policy = reference: 1/(4β²) a pair."""
+    ratios = (policy_logps - ref_logps) / tokens             # mean log π_θ/π_ref of a token
+    return (ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2, beta * ratios.detach()     # IPO's Eq. 17
+
+
+BASE_LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss}             # L_base
 
 
 def sft_loss(chosen_logps, chosen_tokens):
@@ -238,16 +296,30 @@ def sft_loss(chosen_logps, chosen_tokens):
     return -chosen_logps / chosen_tokens
 
 
-def sso_loss(policy_logps, ref_logps, tokens, beta, gamma, base_loss=dpo_loss):
-    """L_SSO (Eq. 1) of B queries. All inputs (2, R, B): winner and loser, rows of the pair table, queries.
+def sso_loss(policy_logps, ref_logps, tokens, beta, gamma, base="dpo", weights=1.0):
+    """L_SSO (Eq. 1) of B queries. Tensors (2, R, B): winner and loser, rows of the pair table, queries.
 
     Returns losses (B,) and their parts, a dict of detached (R, B) tensors. With the one row of "policy" and
     γ = 0 this is L_base(x, y+, y-), the loss of step 4."""
-    base, chosen_rewards, rejected_rewards = base_loss(*policy_logps, *ref_logps, beta)  # L_base, each (R, B)
-    sft = sft_loss(policy_logps[0], tokens[0])                                           # L_sft (R, B)
-    terms = base + gamma * sft                     # (R, B): L+ of Eq. 2, L- of Eq. 4
+    base, rewards = BASE_LOSSES[base](policy_logps, ref_logps, tokens, beta)     # L_base (R, B), (2, R, B)
+    sft = sft_loss(policy_logps[0], tokens[0])                                   # L_sft (R, B)
+    terms = weights * (base + gamma * sft)         # (R, B): L+ of Eq. 2, L- of Eq. 4; weights are 1 there
     losses = terms.sum(0)                          # (B,): L_SSO = L+ + L-, Eq. 1
-    parts = {"loss": terms, "base": base, "sft": sft, "chosen_rewards": chosen_rewards,
-             "rejected_rewards": rejected_rewards, "chosen_logps": policy_logps[0],
-             "rejected_logps": policy_logps[1]}
+    parts = {"loss": terms, "base": base, "sft": sft, "chosen_rewards": rewards[0],
+             "rejected_rewards": rewards[1], "chosen_logps": policy_logps[0], "rejected_logps": policy_logps[1]}
     return losses, {name: part.detach() for name, part in parts.items()}
+
+
+def joint_weights(policy_logps, tokens, g=0.1, alpha=0.66):
+    """Version 1's weights (3, B) of its terms L, L+, L-: 1, W·g, W·g, where
+    W = σ(−(α m(y+|x) + (1−α) m(y−|x))) and m is a mean token log-prob. W has a gradient, as in its code."""
+    chosen, rejected = (policy_logps / tokens)[:, 0]                  # m(y+|x), m(y-|x): (B,) of the row L
+    W = torch.sigmoid(-(alpha * chosen + (1 - alpha) * rejected))
+    return torch.stack([torch.ones_like(W), g * W, g * W])
+
+
+def reward_loss(rewards):
+    """Bradley–Terry, −log σ(r(x, y_w) − r(x, y_l)), of rewards (2, R, B): losses (B,) and parts (R, B)."""
+    losses = -F.logsigmoid(rewards[0] - rewards[1])
+    parts = {"loss": losses, "chosen_rewards": rewards[0], "rejected_rewards": rewards[1]}
+    return losses.sum(0), {name: part.detach() for name, part in parts.items()}

@@ -1,6 +1,7 @@
 """The offline world: a tiny chat model, trained from scratch in a minute or two.
 
-    python toy.py --out runs/toy-base [--seed 0] [--world default|on-policy]
+    python toy.py base --out runs/toy-base [--seed 0]
+    python toy.py study --seeds 5 [--rounds 6] [--plot FILE]       # the paper's tables in miniature: study.py
 
 A program grades its answers to four list tasks. It shows SSO's mechanism end to end without a download; it is
 no evidence for the paper. Without a principle the model is sometimes right, often slightly wrong, lazy or
@@ -33,6 +34,8 @@ SETTINGS = {
                                               "micro_batch_tokens": 16384},
     "policy": sso.SETTINGS["policy"] | {"lr": 3e-4, "batch_size": 32, "weight_decay": 0.0, "warmup": 0.1,
                                         "micro_batch_tokens": 16384},
+    "reward": sso.SETTINGS["reward"] | {"lr": 1e-3, "epochs": 3, "batch_size": 32, "weight_decay": 0.0,
+                                        "warmup": 0.1, "micro_batch_tokens": 16384},
 }
 QUERIES, HELDOUT = 1024, 1024
 
@@ -79,10 +82,13 @@ UNASKED = {"good": .14, "slip": .32, "lazy": .36, "ramble": .17, "off": .01}
 UNDER_GOOD = {"good": .78, "slip": .14, "lazy": .03, "ramble": .05}
 UNDER_LAZY = {"good": .05, "slip": .25, "lazy": .55, "ramble": .15}
 OBEYED = .95         # share of bad principles that are followed; the rest is answered as if unasked
-# World -> share of each kind of bad principle. In "on-policy", the control, every bad principle asks for what
-# the model does unasked: rejected responses are on-policy without SSO, whose advantage has to vanish.
+# World -> share of each kind of bad principle. The model learns in the first; in the others, the controls, its
+# principles are written by hand. In "on-policy" every bad principle asks for what the model does unasked:
+# rejected responses are on-policy without SSO, whose advantage has to vanish. Bad principles of "junk" ask for
+# worthless answers (PBAA's pairs are all accurate), those of "style" for right ones in an odd style.
 WORLDS = {"default": {"chatter": .20, "refuse": .15, "loop": .10, "pirate": .25, "drama": .20, "lazy": .10},
-          "on-policy": {"lazy": 1.}}
+          "on-policy": {"lazy": 1.}, "junk": {"chatter": .4, "refuse": .3, "loop": .3},
+          "style": {"pirate": .5, "drama": .5}}
 
 
 def parse(query):
@@ -152,6 +158,13 @@ def principle(query, rng, kind):
     return text.format(topic=TOPICS[task].format(cat=cat), cat=cat)
 
 
+def write_principles(query, world, seed):
+    """A record of principles for a query, written by hand in a world."""
+    rng = random.Random(f"{world} {seed} {query}")
+    return {"prompt": query, "good_principle": principle(query, rng, "good"),
+            "bad_principle": principle(query, rng, draw(rng, WORLDS[world]))}
+
+
 def answer(query, rng, mode):
     """An answer's text in one of the modes."""
     task, cat, items = parse(query)
@@ -174,13 +187,13 @@ def answer(query, rng, mode):
     return ANSWERS[mode].format(**blanks)
 
 
-def make_chat(rng, kinds):
+def make_chat(rng):
     """One training example: (system or None, user, assistant)."""
     query = make_query(rng)
     share = rng.random()
     if share < .38:
         return None, query, answer(query, rng, draw(rng, UNASKED))
-    good, kind = principle(query, rng, "good"), draw(rng, kinds)
+    good, kind = principle(query, rng, "good"), draw(rng, WORLDS["default"])
     bad = principle(query, rng, kind)
     if share < .68:
         return good, query, answer(query, rng, draw(rng, UNDER_GOOD))
@@ -238,14 +251,14 @@ def use_one_thread():
     torch.set_num_threads(1)
 
 
-def build(out, seed=0, world="default", steps=3000, batch_size=64):
+def build(out, seed=0, steps=3000, batch_size=64):
     """Train the base model on synthetic chats and save it as a checkpoint folder."""
     use_one_thread()
     rng = random.Random(seed)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     vocab = tokenizer.get_vocab()
-    chats = [encode_chat(vocab, *make_chat(rng, WORLDS[world])) for _ in range(60_000)]
+    chats = [encode_chat(vocab, *make_chat(rng)) for _ in range(60_000)]
     end, pad = vocab["<|im_end|>"], vocab["<|endoftext|>"]
     # Qwen3 is Qwen2 with a norm on queries and keys. Not Qwen2, since transformers 5 gives a checkpoint of
     # that type its own byte-level tokenizer, whatever tokenizer.json says.
@@ -253,7 +266,7 @@ def build(out, seed=0, world="default", steps=3000, batch_size=64):
         vocab_size=len(vocab), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, head_dim=16, intermediate_size=170, max_position_embeddings=256,
         tie_word_embeddings=True, initializer_range=0.05, bos_token_id=None,
-        eos_token_id=end, pad_token_id=pad, toy_world=world))
+        eos_token_id=end, pad_token_id=pad, toy_world=True))
     model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01,
                                   fused=True)
@@ -276,20 +289,30 @@ def build(out, seed=0, world="default", steps=3000, batch_size=64):
     os.replace(f"{out}.tmp", out)
 
 
-def make_queries(seed=0):
-    """The queries of a run and its held-out queries, without any query twice."""
+def make_queries(seed=0, rounds=1):
+    """The queries of a run's rounds and its held-out queries, without any query twice."""
     rng, queries = random.Random(f"queries {seed}"), {}
-    while len(queries) < QUERIES + HELDOUT:
+    while len(queries) < HELDOUT + rounds * QUERIES:
         queries[make_query(rng)] = None
-    return list(queries)[:QUERIES], list(queries)[QUERIES:]
+    return list(queries)[HELDOUT:], list(queries)[:HELDOUT]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("base", help="train the base model from scratch")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder to save the checkpoint in")
+    command.add_argument("--seed", type=int, default=0)
+    import study        # which needs the scripts, which need this file
+    study.add_arguments(commands.add_parser("study", help="the paper's tables in miniature"))
+    args = vars(parser.parse_args())
+    if args.pop("command") == "study":
+        return study.run(**args)
+    if os.path.exists(args["out"]):
+        parser.error(f"--out {args['out']} exists")
+    build(**args)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train the toy world's base model from scratch.")
-    parser.add_argument("--out", required=True, help="folder to save the checkpoint in")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--world", choices=WORLDS, default="default", help="kinds of bad principles")
-    args = parser.parse_args()
-    if os.path.exists(args.out):
-        parser.error(f"--out {args.out} exists")
-    build(args.out, args.seed, args.world)
+    import generate
+    generate.run(main)

@@ -4,10 +4,11 @@
     python train.py --model M --queries Q.jsonl --out runs/NAME     # a chat model from a folder or the hub
     python train.py generator --model M --data responses.jsonl --out runs/NAME/generator
     python train.py policy    --model M --data pairs.jsonl     --out runs/NAME/policy
+    python train.py reward    --model M --data pairs.jsonl     --out runs/NAME/reward
 
-Both stages are the one loop in `train`: they differ in the rows of the pair table. `policy` takes any
-standard preference file. A folder with a config.json is complete; any other is continued by the same
-command.
+All stages are the one loop in `train`. Generator and policy differ in the rows of the pair table alone; a
+reward model's score comes off a head, and its loss is Bradley-Terry. `policy` and `reward` take any standard
+preference files. A folder with a config.json is complete; any other is continued by the same command.
 
 Simpler than the paper's set-up: one device, full fine-tuning, no packing, no evaluation during training.
 """
@@ -34,8 +35,13 @@ import toy
 from generate import device
 from sso import UserError
 
-OBJECTIVES = {"generator": "sso", "policy": "policy"}   # stage -> rows of the pair table
-SAVE_SECONDS = 600                                      # between checkpoints
+STAGES = {"generator": "step 3", "policy": "step 4", "reward": "a reward model (Section 5.3)"}
+# --objective of all four steps -> its data generators, each by its rows of the pair table and the roles that
+# it answers in; and the rows of the policy.
+PLANS = {rows: ({rows: ("good", "bad")}, "policy") for rows in ("sso", "plus", "minus", "eq3")} | {
+    "two": ({"plus": ("good",), "minus": ("bad",)}, "policy"),      # Limitations: a generator for each term
+    "pbaa": ({}, "policy"), "original": ({}, "original"), "joint": ({}, "joint")}    # none
+SAVE_SECONDS = 600      # between checkpoints
 
 
 # ---- The pieces of the loop ----------------------------------------------------------------------
@@ -64,14 +70,17 @@ def make_optimizer(model, s):
     return torch.optim.AdamW(groups, lr=s["lr"], fused=True)
 
 
-@torch.no_grad()
-def reference_logps(chat, examples, budget):
-    """log π_ref of every example's pairs, scored once: (2, R, examples). No reference model is kept."""
-    logps = torch.zeros(2, len(examples[0]), len(examples), device=device)
-    for group in tqdm(sso.micro_batches(examples, budget), desc="reference", leave=False):
-        with generate.autocast():
-            logps[:, :, group] = sso.pair_logps(chat.model, [examples[i] for i in group], chat.pad_id)[0]
-    return logps
+def losses_of(chat, examples, ref_logps, s):
+    """Losses (b,) of b examples, whose ref_logps are (2, R, b), and their parts and tokens, each (R, b)."""
+    score = sso.pair_logps if "base" in s else sso.pair_rewards
+    with generate.autocast():
+        scores, tokens = score(chat.model, examples, chat.pad_id)           # (2, R, b)
+    if "base" not in s:
+        losses, parts = sso.reward_loss(scores)
+    else:
+        weights = sso.joint_weights(scores, tokens) if s["objective"] == "joint" else 1.0
+        losses, parts = sso.sso_loss(scores, ref_logps, tokens, s["beta"], s["gamma"], s["base"], weights)
+    return losses, parts | {"tokens": tokens.sum(0)}
 
 
 def accumulate_gradient(chat, batch, ref_logps, s):
@@ -79,12 +88,10 @@ def accumulate_gradient(chat, batch, ref_logps, s):
     mean over the batch, so the split changes nothing. Returns the parts of the loss and the tokens, each
     (R, B)."""
     parts = []
-    for group in sso.micro_batches(batch, s["micro_batch_tokens"]):                             # b of the B
-        with generate.autocast():
-            logps, tokens = sso.pair_logps(chat.model, [batch[i] for i in group], chat.pad_id)  # (2, R, b)
-        losses, part = sso.sso_loss(logps, ref_logps[:, :, group], tokens, s["beta"], s["gamma"])   # (b,)
+    for group in sso.micro_batches(batch, s["micro_batch_tokens"]):         # b of the B
+        losses, part = losses_of(chat, [batch[i] for i in group], ref_logps[:, :, group], s)
         (losses.sum() / len(batch)).backward()
-        parts.append(part | {"tokens": tokens.sum(0)})
+        parts.append(part)
     return {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
 
 
@@ -167,27 +174,45 @@ def check_disk(out, model):
 
 def prepare(stage, model, data, out, s):
     """Load and check all before anything is written: (chat model, examples), or None if `out` is complete."""
-    generate.read_jsonl(data)
-    made_of, begun = {"model": model, "data": data}, ("log.jsonl", "checkpoint.pt")
-    if not (note := generate.claim(out, s, made_of, done="config.json", work=begun)):
+    for path in data:
+        generate.read_jsonl(path)
+    made_of, rows = {"data" + i * "+": path for i, path in enumerate(data)}, s.get("objective", "policy")
+    if not (note := generate.claim(out, s, {"model": model} | made_of, folder=True)):
         return print(f"{out}: complete")
-    chat = generate.load_chat(model)
-    examples = generate.read_pairs(data, OBJECTIVES[stage], chat, s["max_length"])[1][:s["examples"]]
+    torch.manual_seed(s["seed"])            # a reward model's head starts at random
+    chat = generate.load_chat(model, **({} if "base" in s else {"of": generate.REWARD}))
+    examples = []
+    for path in data:
+        _, more, dropped = generate.read_pairs(path, rows, chat, s["max_length"])
+        examples += more
+        print(f"{path}: {len(more)} examples; skipped: {dict(dropped) or 0}")
     generate.write_text(*note)
     check_disk(out, chat.model)
-    for term, pair in zip(sso.PAIRS[OBJECTIVES[stage]], examples[0]):       # show what is trained on
+    for term, pair in zip(sso.PAIRS[rows], examples[0]):                    # show what is trained on
         prompt, winner, loser = (chat.tokenizer.decode(ids) for ids in pair)
         print(f"{term}: prompt {prompt!r} | winner {winner!r} | loser {loser!r}")
-    return chat, examples
+    return chat, examples[:s["examples"]]
+
+
+def step_zero(row, s):
+    """What the loss is before the first update, when the policy is the reference: known for any data."""
+    if "base" not in s:
+        return f"loss at step zero: {row['loss']:.4f} (a random head: about ln 2 = {math.log(2):.4f})"
+    known = {"dpo": f"ln 2 = {math.log(2):.4f}", "ipo": f"1/(4β²) = {1 / (4 * s['beta'] ** 2):.4f}"}
+    return f"L_base at step zero: {row['base']:.4f} a pair ({known[s['base']]})"
 
 
 def train(stage, model, data, out, **given):
-    """Train `model` on the pairs that a stage makes of `data`: generator by L_SSO, policy by L_base."""
-    s, out, terms = generate.resolve(model, stage, given), Path(out), sso.PAIRS[OBJECTIVES[stage]]
+    """Train `model` on the pairs that a stage makes of `data`, a file or several: generator by L_SSO, policy
+    by L_base, reward model by Bradley-Terry."""
+    s, out = generate.resolve(model, stage, given), Path(out)
+    data = data if isinstance(data, list) else [data]
     if not (prepared := prepare(stage, model, data, out, s)):
         return
     chat, examples = prepared
-    ref_logps = reference_logps(chat, examples, s["micro_batch_tokens"])        # (2, R, examples)
+    terms, ref_logps = list(sso.PAIRS[s.get("objective", "policy")]), torch.zeros(2, 1, len(examples))
+    if "base" in s:                                         # scored once; no reference model is kept
+        ref_logps = generate.score(chat, examples, s["micro_batch_tokens"], name="reference")[0]   # (2, R, N)
     optimizer = make_optimizer(chat.model, s)
     schedule = batches(len(examples), s["batch_size"], s["epochs"], s["seed"])
     done, saved = load_checkpoint(out, chat.model, optimizer), time.time()      # done: a number of steps
@@ -199,9 +224,8 @@ def train(stage, model, data, out, **given):
             parts = accumulate_gradient(chat, [examples[i] for i in batch], ref_logps[:, :, batch], s)
             grad_norm = torch.nn.utils.clip_grad_norm_(chat.model.parameters(), s["clip"]).item()
             row = {"step": step, **metrics(terms, parts), "grad_norm": grad_norm}
-            if step == 0:    # the policy is the reference yet: DPO's loss is ln 2 for every pair of any data
-                tqdm.write(f"{out}: {len(examples)} examples, {len(schedule)} steps; "
-                           f"L_base at step zero: {row['base']:.4f} a pair (ln 2 = {math.log(2):.4f})")
+            if step == 0:
+                tqdm.write(f"{out}: {len(examples)} examples, {len(schedule)} steps; {step_zero(row, s)}")
             check_finite(row, model, out)
             if time.time() - saved > SAVE_SECONDS:      # only now, when the loss has proved the weights good
                 save_checkpoint(out, step, chat.model, optimizer)
@@ -234,47 +258,81 @@ def split(path, seed):
     return prompts[held:], prompts[:held]
 
 
-def pipeline(model, queries, out, seed, toy_world, given):
+def make_pairs(objective, model, principles, responses, out, of):
+    """Step 3 and the sampling of step 4, in folder `out`: the file of the pairs for the policy."""
+    generators = PLANS[objective][0]
+    pairs, source = responses, principles           # without a generator: the policy's own pairs
+    for number, (rows, roles) in enumerate(generators.items(), 1):
+        alone, last = len(generators) == 1, number == len(generators)
+        generator = out / ("generator" if alone else f"generator-{rows}")
+        train("generator", model, responses, generator, **of["generator"], objective=rows)     # L_SSO, Eq. 1
+        pairs = out / ("pairs.jsonl" if last else f"responses-{rows}.jsonl")
+        generate.responses(generator, source, pairs, roles, **of["responses"])
+        source = pairs
+    return pairs
+
+
+def start(a, base, folders):
+    """Write the run's held-out queries and the queries of each round, or check that they are this run's."""
+    queries, heldout = split(a.queries, a.seed) if a.model else toy.make_queries(a.seed, len(folders))
+    settings = {name: getattr(a, name) for name in ("seed", "objective", "base", "iterations")}
+    settings |= {} if a.model else {"toy_world": a.toy_world}
+    made_of = {name: getattr(a, name) for name in ("model", "queries", "principles", "principle_model")}
+    made_of = {name: path for name, path in made_of.items() if path}
+    files = {folder / "queries.jsonl": queries[i::len(folders)] for i, folder in enumerate(folders)}
+    files[Path(a.out, "heldout.jsonl")] = heldout
+    for file, prompts in files.items():
+        generate.write_once(file, settings, made_of, [{"prompt": prompt} for prompt in prompts])
+    if not a.model and a.toy_world != "default":
+        a.principles = Path(a.out, "written.jsonl")
+        by_hand = [toy.write_principles(query, a.toy_world, a.seed) for query in queries]
+        generate.write_once(a.principles, settings, made_of, by_hand)
+    if not a.model and not base.exists():
+        toy.build(base, a.seed)
+
+
+def pipeline(a):
     """The whole paper in one folder, each step from the files of those before; complete ones are skipped."""
-    out, base = Path(out), model or Path(out, "base")
-    of = {stage: {"seed": seed} | {key.split(".")[1]: value for key, value in given.items()
-                                   if key.startswith(f"{stage}.")} for stage in sso.SETTINGS}
+    out, base = Path(a.out), a.model or Path(a.out, "base")
+    of = {stage: {"seed": a.seed} | {key.split(".")[1]: value for key, value in vars(a).items()
+                                     if key.startswith(f"{stage}.")} for stage in sso.SETTINGS}
     for stage in of:                # refuse bad settings, queries and models before anything is written
         generate.resolve(base, stage, of[stage])
-    parts = split(queries, seed) if model else toy.make_queries(seed)
-    if model:
+    for model in filter(None, (a.model, a.principle_model)):
         generate.load_tokenizer(model)
-    made_of = {"model": model, "queries": queries} if model else {}
-    settings = {"seed": seed, "toy_world": None if model else toy_world}
-    if note := generate.claim(out, settings, made_of, done="report.json", work=["queries.jsonl"]):
-        generate.write_text(*note)
-        for name, prompts in zip(("heldout", "queries"), reversed(parts)):      # the proof of work comes last
-            if not (out / f"{name}.jsonl").exists():
-                generate.write_text(out / f"{name}.jsonl", generate.as_lines({"prompt": p} for p in prompts))
-    if not model and not base.exists():
-        toy.build(base, seed, toy_world)
-    # 1. Principles and 2. responses, by the policy.
-    generate.principles(base, out / "queries.jsonl", out / "principles.jsonl", **of["principles"])
-    generate.responses(base, out / "principles.jsonl", out / "responses.jsonl", **of["responses"])
-    # 3. The data generator: L_SSO, Eq. 1.
-    train("generator", base, out / "responses.jsonl", out / "generator", **of["generator"])
-    # 4. Fresh pairs from the generator train the original policy: L_base(x, y+, y-).
-    generate.responses(out / "generator", out / "principles.jsonl", out / "pairs.jsonl", ("good", "bad"),
-                       **of["responses"])
-    train("policy", base, out / "pairs.jsonl", out / "policy", **of["policy"])
-    # The baseline PBAA: no step 3, the policy's own pairs.
-    train("policy", base, out / "responses.jsonl", out / "pbaa", **of["policy"])
-    if note:
-        evaluation.write_report(out, base, of["responses"])
+    folders = [out / f"round{i + 1}" if a.iterations > 1 else out for i in range(a.iterations)]
+    start(a, base, folders)
+    of["generator"]["base"] = of["policy"]["base"] = a.base
+    policy, rows, name = base, {"base": (None, None, None, base)}, a.objective.upper()
+    for number, folder in enumerate(folders, 1):
+        queries, principles, responses = (folder / f"{name}.jsonl" for name in (
+            "queries", "principles", "responses"))
+        # 1. Principles, by the first policy or another model, or written by hand; 2. responses, by the policy.
+        if a.principles:
+            generate.written_principles(a.principles, queries, principles, a.seed)
+        else:
+            generate.principles(a.principle_model or base, queries, principles, **of["principles"])
+        generate.responses(policy, principles, responses, **of["responses"])
+        # The baseline PBAA has no step 3: the policy's own pairs.
+        if number == 1 and a.objective != "pbaa":
+            train("policy", policy, responses, out / "pbaa", **of["policy"])
+            rows["PBAA"] = (responses, "policy", policy, out / "pbaa")
+        # 3. The data generator. 4. The policy, by L_base(x, y+, y-) on fresh pairs of the generator.
+        pairs = make_pairs(a.objective, policy, principles, responses, folder, of)
+        used_in = PLANS[a.objective][1]
+        train("policy", policy, pairs, folder / "policy", **of["policy"], objective=used_in)
+        rows[name if a.iterations == 1 else f"{name} {number}"] = (pairs, used_in, policy, folder / "policy")
+        policy = folder / "policy"      # where the next round starts
+    evaluation.write_report(out, rows, of["responses"], a.judge)
     evaluation.print_report([out])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    if stage := next((word for word in sys.argv[1:2] if word in OBJECTIVES), None):
-        parser.add_argument("stage", choices=OBJECTIVES)
+    if stage := next((word for word in sys.argv[1:2] if word in STAGES), None):
+        parser.add_argument("stage", choices=STAGES)
         parser.add_argument("--model", required=True, help="checkpoint folder or Hugging Face id")
-        parser.add_argument("--data", required=True, metavar="FILE", help="JSONL: responses or pairs")
+        parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="JSONL: responses or pairs")
         parser.add_argument("--out", required=True, metavar="DIR", help="folder to save the trained model in")
         generate.add_settings(parser, stage)
         return train(**vars(parser.parse_args()))
@@ -282,16 +340,26 @@ def main():
     parser.add_argument("--queries", metavar="FILE", help="JSONL, a 'prompt' a line; needed with --model")
     parser.add_argument("--out", default="runs/toy", metavar="DIR", help="folder of the run (runs/toy)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--objective", choices=PLANS, default="sso", help="pbaa, original, joint: no generator")
+    parser.add_argument("--two-generators", action="store_const", const="two", dest="objective",
+                        help="L+ and L- train one each: --objective two")
+    parser.add_argument("--base", choices=sso.BASE_LOSSES, default="dpo", help="L_base of generator and policy")
+    parser.add_argument("--iterations", type=int, default=1, metavar="N", help="rounds, each from the policy before")
+    parser.add_argument("--principle-model", metavar="M", help="writes the principles (default: the policy)")
+    parser.add_argument("--principles", metavar="FILE", help="JSONL: written principles, in place of step 1")
+    parser.add_argument("--judge", metavar="M", help="chat model that judges pairs and answers for the report")
     parser.add_argument("--toy-world", choices=toy.WORLDS, default="default",
-                        help="on-policy: the control, in which no bad principle asks for anything unusual")
-    for name in sso.SETTINGS:
+                        help="whose bad principles ask for other things than the default's: controls")
+    for name in ("principles", "responses", "generator", "policy"):
         generate.add_settings(parser, name, prefix=f"--{name}.")
-    args = vars(parser.parse_args())
-    if (args["model"] is None) != (args["queries"] is None):
+    args = parser.parse_args()
+    if (args.model is None) != (args.queries is None):
         parser.error("--model and --queries go together; with neither, the toy world is used")
-    names = ("model", "queries", "out", "seed", "toy_world")
-    pipeline(*(args[name] for name in names),
-             {key: value for key, value in args.items() if key not in names and value is not None})
+    if args.principles and args.principle_model:
+        parser.error("--principles and --principle-model exclude each other")
+    if args.iterations < 1:
+        parser.error("--iterations is at least 1")
+    pipeline(args)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 import generate
+import study
 import toy
 
 CHATML = ("{%- if messages[0]['role'] != 'system' and DEFAULT %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
@@ -117,6 +118,27 @@ def default_run(request, tmp_path_factory):
         process = subprocess.Popen([sys.executable, "train.py"], cwd=folder, stdout=out, stderr=err)
         yield process, folder
         process.kill()
+
+
+@pytest.fixture
+def small_study(toy_base, monkeypatch):
+    """The study on few queries, a grid of one cell a stage, and every task in this process, in order."""
+    monkeypatch.setattr(toy, "build", lambda out, *args, **how: shutil.copytree(toy_base, out))
+    monkeypatch.setattr(toy, "QUERIES", 24)
+    monkeypatch.setattr(toy, "HELDOUT", 24)
+    monkeypatch.setattr(study, "SEARCH_SEEDS", (0,))
+    monkeypatch.setattr(study, "GRID", {stage: [{"lr": 1e-3, "epochs": 1}] for stage in study.GRID})
+    monkeypatch.setattr(study, "BEST", dict.fromkeys(study.BEST, (0, 0)))
+    monkeypatch.setattr(study, "BEST_REWARD", dict.fromkeys(study.BEST_REWARD, 0))
+
+    def here(tasks, processes):
+        waiting = dict(tasks)
+        while waiting:
+            name = next(name for name, task in waiting.items() if task[1] not in waiting)
+            _, _, function, arguments, folder = waiting.pop(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            function(*arguments)
+    monkeypatch.setattr(study, "run_tasks", here)
 
 
 def write_jsonl(path, records):

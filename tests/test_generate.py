@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import generate
 import sso
 import toy
+import train
 from conftest import ROOT, command, make_checkpoint, make_tokenizer, write_jsonl
 
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12}
@@ -126,17 +128,53 @@ def test_the_sampling_settings_reach_generate(qwen3, monkeypatch):
     assert [how["max_new_tokens"] for how in seen] == [30, chat.context - longest]      # never past the context
 
 
-def test_pairs_that_teach_nothing_are_dropped_and_counted(toy_base, toy_data, tmp_path, monkeypatch, capsys):
-    """Of every three queries one gets equal responses, one an empty rejected one."""
+def test_pairs_that_teach_nothing_are_skipped_in_training_and_counted(toy_base, toy_data, tmp_path, monkeypatch, capsys):
+    """Of every three queries one gets equal responses, one an empty rejected one. The file keeps a line a query."""
     def fake(chat, prompts, seed, settings):
         good = seed % 3 == 0                           # the seeds of a batch's roles are consecutive
         return [((["same", "yes", "yes"] if good else [" same", "  ", "no"])[i % 3], True, 1) for i in range(len(prompts))]
     monkeypatch.setattr(generate, "sample", fake)
     out = tmp_path / "pairs.jsonl"
     generate.responses(toy_base, toy_data / "principles.jsonl", out, roles=("good", "bad"), batch_size=48)
-    assert len(generate.read_jsonl(out)) == 16
-    assert generate.dropped(out) == {"chosen equals rejected": 16, "empty response": 16}
+    assert len(generate.read_jsonl(out)) == 48
+    records, examples, dropped = generate.read_pairs(out, "policy", generate.load_chat(toy_base), 256)
+    assert dropped == {"chosen equals rejected": 16, "empty response": 16} and len(records) == len(examples) == 16
+    assert {r["rejected"][0]["content"] for r in records} == {"no"}
     assert "'chosen equals rejected': 16" in capsys.readouterr().out
+    train.train("policy", toy_base, out, tmp_path / "p")
+    printed = capsys.readouterr().out
+    assert "16 examples; skipped: " in printed and "'empty response': 16" in printed
+    write_jsonl(out, [{"prompt": r["prompt"], "chosen": "a", "rejected": "a"} for r in records])
+    with pytest.raises(sso.UserError, match="no pair is left: {'chosen equals rejected': 16}"):
+        generate.read_pairs(out, "policy", generate.load_chat(toy_base), 256)
+
+
+def test_an_example_of_several_terms_is_skipped_only_if_all_of_them_are_equal():
+    same, other = ([], ("a", True), (" a ", True)), ([], ("a", True), ("b", True))
+    assert generate.teaches_nothing([same, same]) == "chosen equals rejected" and not generate.teaches_nothing([same, other])
+    assert generate.teaches_nothing([other, ([], ("a", True), (" ", True))]) == "empty response"
+
+
+def test_principles_from_a_file_are_the_querys_own_or_two_general_ones(toy_base, tmp_path):
+    general = [{"good_principle": f"g{i}.", "bad_principle": f"b{i}."} for i in range(4)]
+    own = {"prompt": "Mine?", "good_principle": "mine, good", "bad_principle": "mine, bad"}
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Mine?", "n": 1}] + [{"prompt": f"Yours {i}?"} for i in range(60)])
+    words = ["generate.py", "principles", "--queries", queries, "--out", tmp_path / "p.jsonl", "--principles"]
+    command(*words, write_jsonl(tmp_path / "w.jsonl", [*general, own]))
+    first, *rest = generate.read_jsonl(tmp_path / "p.jsonl")
+    assert (first["good_principle"], first["bad_principle"], first["n"]) == ("mine, good", "mine, bad", 1)
+    assert all(re.fullmatch(r"g(\d)\. g(\d)\.", r["good_principle"]) for r in rest)
+    assert all(r["bad_principle"] == r["good_principle"].replace("g", "b") for r in rest)
+    drawn = [r["good_principle"] for r in rest]
+    assert len(set(drawn)) > 8 and not any(text[:2] == text[4:6] for text in drawn)
+    for records, message in (([own], "q.jsonl, line 2: .*w2.jsonl has no principles for this query"),
+                             ([{"good_principle": "x"}], "w2.jsonl, line 1: a record without a 'bad_principle'")):
+        with pytest.raises(sso.UserError, match=message):
+            generate.written_principles(write_jsonl(tmp_path / "w2.jsonl", records), queries, tmp_path / "p2.jsonl")
+        assert not list(tmp_path.glob("p2*"))
+    shipped = generate.read_jsonl(ROOT / "data/features.jsonl", needs=("feature", "good_principle", "bad_principle"))
+    assert {"safety", "logicality", "comprehensiveness", "helpfulness", "literariness", "accuracy", "engagement"} < {
+        r["feature"] for r in shipped}
 
 
 def test_a_query_without_guidelines_gets_the_fixed_pair_and_is_counted(qwen3, tmp_path, capsys):

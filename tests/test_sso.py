@@ -106,13 +106,78 @@ def test_each_term_has_the_prompt_winner_and_loser_of_the_paper():
 def test_dpo_and_sft_by_hand():
     # winner: log-prob -3 against -4 of the reference; loser: -6 against -5. Margin 0.5·(1 + 1) = 1.
     policy_chosen = torch.tensor([-3.0], requires_grad=True)
-    losses, chosen, rejected = sso.dpo_loss(policy_chosen, torch.tensor([-6.0]), torch.tensor([-4.0]),
-                                            torch.tensor([-5.0]), beta=0.5)
+    policy, ref = torch.stack([policy_chosen, torch.tensor([-6.0])]), torch.tensor([[-4.0], [-5.0]])
+    losses, rewards = sso.dpo_loss(policy, ref, torch.tensor([[7], [2]]), beta=0.5)
     assert losses.item() == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-6)
-    assert (chosen.item(), rejected.item()) == (0.5, -0.5) and not chosen.requires_grad
+    assert rewards.flatten().tolist() == [0.5, -0.5] and not rewards.requires_grad
     losses.sum().backward()
     assert policy_chosen.grad.item() == pytest.approx(-0.5 / (1 + math.exp(1)), rel=1e-6)
     assert sso.sft_loss(torch.tensor([-6.0]), torch.tensor([4])).item() == 1.5
+
+
+def test_ipo_is_its_formula_on_means_over_response_tokens():
+    policy, ref = torch.tensor([[-3.0, -8.0], [-6.0, -2.0]], requires_grad=True), torch.tensor([[-4.0, -5.0], [-5.0, -9.0]])
+    tokens, beta = torch.tensor([[2, 4], [5, 7]]), 0.25
+    losses, rewards = sso.ipo_loss(policy, ref, tokens, beta)
+    h = [1 / 2 - (-1 / 5), -3 / 4 - 7 / 7]                   # mean log-ratio of the winner less that of the loser
+    assert losses.tolist() == pytest.approx([(x - 1 / (2 * beta)) ** 2 for x in h])
+    assert rewards.flatten().tolist() == pytest.approx([beta / 2, -beta * 3 / 4, -beta / 5, beta])
+    losses[0].backward()
+    assert policy.grad[:, 0].tolist() == pytest.approx([2 * (h[0] - 2) / 2, -2 * (h[0] - 2) / 5])
+    assert sso.ipo_loss(ref, ref, tokens, beta)[0].tolist() == [1 / (4 * beta ** 2)] * 2         # step zero
+
+
+def test_bradley_terry_by_hand():
+    rewards = torch.tensor([[[2.0, -1.0]], [[0.5, 1.0]]], requires_grad=True)        # (2, R, B): winners, losers
+    losses, parts = sso.reward_loss(rewards)
+    assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-1.5)), math.log(1 + math.exp(2.0))])
+    assert parts["chosen_rewards"].tolist() == [[2.0, -1.0]] and parts["rejected_rewards"].tolist() == [[0.5, 1.0]]
+    losses.sum().backward()
+    assert rewards.grad[0, 0].tolist() == pytest.approx([-1 / (1 + math.exp(1.5)), -1 / (1 + math.exp(-2.0))])
+
+
+X, Y = {"good": 0, "bad": 1, "original": 2}, {"good": "A plum.", "bad": "Something that grows, I think, on a tr", "original": "Fruit: fig"}
+PAPER = {   # (prompt, winner, loser), as Section 4.2, Table 3, Table 4, Section 5.3 and version 1 have them
+    "sso": [("good", "good", "bad"), ("bad", "original", "good")], "plus": [("good", "good", "bad")],
+    "minus": [("bad", "original", "good")], "eq3": [("good", "good", "bad"), ("bad", "bad", "good")],
+    "policy": [("original", "good", "bad")], "original": [("original", "good", "original")],
+    "joint": [("original", "good", "bad"), ("good", "good", "bad"), ("bad", "original", "good")]}
+
+
+@pytest.mark.parametrize("base", ["dpo", "ipo"])
+@pytest.mark.parametrize("objective", PAPER)
+def test_every_objective_is_the_by_hand_sum_over_the_papers_pairs(qwen3, objective, base):
+    """Also version 1: L + W·g·(L+ + L-), with α = 0.66 and g = 0.1."""
+    import train
+    chat, beta, gamma = generate.load_chat(qwen3), 0.3, 0.7
+    assert PAPER.keys() == sso.PAIRS.keys()
+    example = encoded(chat.tokenizer, chat.end_id, objective)
+    ref = torch.linspace(-100, -90, 2 * len(example)).view(2, -1, 1)
+    s = {"objective": objective, "base": base, "beta": beta, "gamma": gamma}
+    losses, _ = train.losses_of(chat, [example], ref, s)
+
+    def response(role):
+        return sso.encode_response(chat.tokenizer, chat.end_id, Y[role], role != "bad")      # y- was cut off
+    terms, mean = [], {}
+    for r, (prompt, winner, loser) in enumerate(PAPER[objective]):
+        x = sso.encode_prompt(chat.tokenizer, sso.role_messages(prompt, RECORD))
+        w, l = (naive_logp(chat.model, x, response(role)) for role in (winner, loser))
+        ratios, sizes = [w - ref[0, r, 0], l - ref[1, r, 0]], [len(response(role)) for role in (winner, loser)]
+        if base == "dpo":
+            value = -torch.log(torch.sigmoid(beta * (ratios[0] - ratios[1])))
+        else:
+            value = (ratios[0] / sizes[0] - ratios[1] / sizes[1] - 1 / (2 * beta)) ** 2
+        terms.append(value - gamma * w / sizes[0])
+        mean |= {(prompt, winner): w / sizes[0], (prompt, loser): l / sizes[1]}
+    weights = [1.0] * len(terms)
+    if objective == "joint":
+        W = torch.sigmoid(-(0.66 * mean["original", "good"] + 0.34 * mean["original", "bad"]))
+        weights = [1.0, 0.1 * W, 0.1 * W]
+    by_hand = sum(weight * term for weight, term in zip(weights, terms))
+    assert losses.item() == pytest.approx(by_hand.item(), rel=1e-4)
+    parameters = list(chat.model.parameters())
+    for a, b in zip(torch.autograd.grad(losses.sum(), parameters), torch.autograd.grad(by_hand, parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_sso_loss_is_eq_1_2_4_by_hand_in_value_and_gradient(loaded):

@@ -1,6 +1,7 @@
 """The toy world: its grader, its tokenizer, its queries."""
 
 import random
+import re
 
 import pytest
 from transformers import AutoTokenizer
@@ -45,7 +46,7 @@ def test_the_checkpoint_is_ordinary_and_its_template_gives_what_it_was_trained_o
     tokenizer, rng = AutoTokenizer.from_pretrained(toy_base), random.Random(1)
     assert not (toy_base / "model.safetensors").stat().st_size > 600_000
     for _ in range(200):
-        system, user, assistant = toy.make_chat(rng, toy.WORLDS["default"])
+        system, user, assistant = toy.make_chat(rng)
         messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user}]
         prompt, response = toy.encode_chat(tokenizer.get_vocab(), system, user, assistant)
         assert prompt == sso.encode_prompt(tokenizer, messages)
@@ -55,15 +56,28 @@ def test_the_checkpoint_is_ordinary_and_its_template_gives_what_it_was_trained_o
 
 def test_the_model_is_taught_what_parse_guidelines_reads():
     rng = random.Random(2)
-    asked = [chat for chat in (toy.make_chat(rng, toy.WORLDS["on-policy"]) for _ in range(300)) if "###" in chat[1]]
+    asked = [chat for chat in (toy.make_chat(rng) for _ in range(300)) if "###" in chat[1]]
     for _, user, assistant in asked:
         query = user.removeprefix("### query ").removesuffix(" ### bad guideline")
         bad, good = sso.parse_guidelines(assistant)
         assert sso.guideline_messages(query, toy.PROMPTS)[0]["content"] == user
-        assert bad.startswith("copy the query") and good in {toy.principle(query, rng, "good") for _ in range(100)}
+        assert good in {toy.principle(query, rng, "good") for _ in range(100)}
+        assert bad in {toy.principle(query, rng, kind) for kind in toy.BAD_PRINCIPLES for _ in range(30)}
     assert len(asked) > 10
 
 
-def test_no_held_out_query_is_trained_on():
-    queries, heldout = toy.make_queries(0)
-    assert len(set(queries) | set(heldout)) == toy.QUERIES + toy.HELDOUT
+def test_no_held_out_query_is_trained_on_and_every_round_has_its_own():
+    queries, heldout = toy.make_queries(0, rounds=3)
+    assert len(set(queries) | set(heldout)) == 3 * toy.QUERIES + toy.HELDOUT
+    assert toy.make_queries(0) == (queries[:toy.QUERIES], heldout)
+
+
+def test_the_control_worlds_write_their_kinds_of_bad_principles():
+    queries = toy.make_queries(0)[1]
+    for world, kinds in toy.WORLDS.items():
+        written = [toy.write_principles(query, world, 0) for query in queries]
+        allowed = [re.sub("{.*", "", text) for kind in kinds for text in toy.BAD_PRINCIPLES[kind]]
+        assert all(any(record["bad_principle"].startswith(start) for start in allowed) for record in written)
+        assert written == [toy.write_principles(query, world, 0) for query in queries]
+        share = sum(record["bad_principle"].startswith("copy the query") for record in written) / len(written)
+        assert share == pytest.approx(kinds.get("lazy", 0), abs=0.05)

@@ -38,13 +38,13 @@ def assert_same_weights(a, b, atol):
 def test_gradient_accumulation_gives_the_same_update_for_any_micro_batch_size(toy_base, toy_data, budget):
     """Compares gradients: AdamW divides by their size, and would blow rounding up where they are nearly zero."""
     chat = generate.load_chat(toy_base)
-    _, examples = generate.read_pairs(toy_data / "responses.jsonl", "sso", chat, 256)
-    ref = train.reference_logps(chat, examples, 1000)
+    _, examples, _ = generate.read_pairs(toy_data / "responses.jsonl", "sso", chat, 256)
+    ref = generate.score(chat, examples, 1000)[0]
     ref += torch.randn(ref.shape, generator=torch.Generator().manual_seed(0))      # margins that are not zero
     gradients, parts = [], []
     for tokens in (10**9, budget):
         chat.model.zero_grad()
-        s = {"micro_batch_tokens": tokens, "beta": 0.1, "gamma": 0.1}
+        s = {"micro_batch_tokens": tokens, "beta": 0.1, "gamma": 0.1, "objective": "sso", "base": "dpo"}
         part = train.accumulate_gradient(chat, examples, ref, s)
         parts.append(train.metrics(sso.PAIRS["sso"], part))
         gradients.append([p.grad.clone() for p in chat.model.parameters()])
@@ -63,9 +63,10 @@ def test_the_whole_training_does_not_depend_on_the_micro_batch_size(toy_base, to
 
 def test_reference_is_every_examples_logp_before_training(toy_base, toy_data):
     chat = generate.load_chat(toy_base)
-    _, examples = generate.read_pairs(toy_data / "responses.jsonl", "sso", chat, 256)
-    ref = train.reference_logps(chat, examples, 500)
+    _, examples, _ = generate.read_pairs(toy_data / "responses.jsonl", "sso", chat, 256)
+    ref, tokens = generate.score(chat, examples, 500)
     assert ref.shape == (2, 2, len(examples)) and not ref.requires_grad
+    assert tokens[:, :, 3].tolist() == [[len(pair[side]) for pair in examples[3]] for side in (1, 2)]
     for i in (0, 7, len(examples) - 1):
         alone, _ = sso.pair_logps(chat.model, [examples[i]], chat.pad_id)
         torch.testing.assert_close(ref[:, :, i], alone[:, :, 0], rtol=1e-5, atol=1e-4)
@@ -79,7 +80,7 @@ def test_generator_and_policy_do_one_step_by_hand(toy_base, toy_data, tmp_path):
         train.train(stage, toy_base, data, out, batch_size=1000, epochs=1, lr=1e-3, gamma=gamma, beta=0.2, warmup=0.0,
                     clip=0.5)
         chat = generate.load_chat(toy_base)
-        _, examples = generate.read_pairs(data, objective, chat, 256)
+        _, examples, _ = generate.read_pairs(data, objective, chat, 256)
         loss = 0
         for example in examples:
             for prompt, winner, loser in example:
@@ -232,7 +233,6 @@ def test_any_standard_preference_file_trains_the_same_policy(toy_base, toy_data,
 @pytest.mark.parametrize("record, given, message", [
     ({"chosen": "a ."}, {}, "line 2: a record without 'rejected', which objective 'policy' needs"),
     ({"chosen": 3, "rejected": "b ."}, {}, "line 2: 'chosen' is neither a text nor a list"),
-    ({"chosen": "", "rejected": "b .", "chosen_finished": False}, {}, "line 2: an empty response"),
     ({"chosen": "a .", "rejected": "b ."}, {"max_length": 9}, "line 1: a prompt of .* leaves no room .* --max-length 9"),
     ({"chosen": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}], "rejected": "b"}, {},
      "line 2: what comes before the last message of 'chosen' is not the prompt"),

@@ -142,7 +142,6 @@ def test_report_of_several_runs_by_hand(tmp_path):
     gains = [c - b for _, b, c in qualities]
     assert f"{statistics.fmean(gains):.3f} ± {statistics.stdev(gains) / math.sqrt(3):.3f}" in printed
     assert evaluation.stat([1.0, 2.0, 3.0, 6.0]) == {"mean": 3.0, "se": pytest.approx(statistics.stdev([1, 2, 3, 6]) / 2), "n": 4}
-    assert [evaluation.win(*pair) for pair in ((2, 1), (1, 1), (1, 2))] == [1, 0.5, 0]
 
 
 def test_data_measures_by_hand(toy_base, tmp_path):
@@ -160,11 +159,19 @@ def test_data_measures_by_hand(toy_base, tmp_path):
         return math.exp(sum(logits[len(prompt) + i - 1, t].item() for i, t in enumerate(response)) / len(response))
     assert measures["p(chosen)"]["mean"] == pytest.approx(statistics.fmean(probability(c) for c, _ in rows), rel=1e-4)
     assert measures["p(rejected)"]["mean"] == pytest.approx(statistics.fmean(probability(r) for _, r in rows), rel=1e-4)
-    assert measures["accuracy"]["mean"] == measures["ties"]["mean"] == pytest.approx(1 / 3)
+    assert measures["ties"]["mean"] == pytest.approx(1 / 3)
+    assert measures["accuracy"] == evaluation.stat([1.0, 0.5, 0.0])              # a tie is a half
     both = statistics.fmean(probability(text) for row in rows for text in row)
     assert measures["p(both)"]["mean"] == pytest.approx(both, rel=1e-4)
-    (tmp_path / "d.jsonl.args.json").write_text('{"dropped": {"chosen equals rejected": 5}}')
-    assert evaluation.data(path, toy_base)["ties"] == evaluation.stat([0.0, 1.0, 0.0] + [1.0] * 5)
+    lists = evaluation.distributions(path, toy_base)
+    assert lists["rejected"] == pytest.approx([probability(r) for _, r in rows], rel=1e-4) and "original" not in lists
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    write_jsonl(tmp_path / "e.jsonl", records + [records[0] | {"rejected": rows[0][0]}] * 5)         # equal pairs
+    with_equal = evaluation.data(tmp_path / "e.jsonl", toy_base)
+    assert with_equal["ties"] == evaluation.stat([0.0, 1.0, 0.0] + [1.0] * 5) and with_equal["pairs"] == 3
+    # y+ over yo: the rejected response is the original one.
+    write_jsonl(tmp_path / "o.jsonl", [r | {"original": r["rejected"], "rejected": "x"} for r in records])
+    assert evaluation.data(tmp_path / "o.jsonl", toy_base, rows="original")["p(rejected)"] == measures["p(rejected)"]
     assert measures["tokens chosen"]["mean"] == 6 and measures["tokens rejected"]["mean"] == pytest.approx(19 / 3)
 
 
@@ -207,9 +214,9 @@ def test_the_first_command_of_the_readme(default_run):
     records = [json.loads(line) for line in (folder / "runs/toy/pairs.jsonl").read_text().splitlines()]
     grades = [[toy.grade(r["prompt"][0]["content"], r[c][0]["content"], r[f"{c}_finished"]) for c in ("chosen", "rejected")]
               for r in records]
-    sampled = toy.QUERIES
-    assert report["SSO"]["pairs"] == len(records) and report["SSO"]["accuracy"]["n"] == sampled
-    assert report["SSO"]["accuracy"]["mean"] == pytest.approx(sum(a > b for a, b in grades) / sampled)
-    # The standard error over pairs is that of a proportion.
-    p = report["SSO"]["accuracy"]["mean"]
-    assert report["SSO"]["accuracy"]["se"] == pytest.approx(math.sqrt(p * (1 - p) / (sampled - 1)), rel=1e-6)
+    assert len(records) == toy.QUERIES
+    scores = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in grades]
+    assert report["SSO"]["pairs"] == sum(r["chosen"][0]["content"] != r["rejected"][0]["content"] for r in records)
+    assert report["SSO"]["accuracy"]["mean"] == pytest.approx(statistics.fmean(scores))
+    assert report["SSO"]["accuracy"]["se"] == pytest.approx(statistics.stdev(scores) / math.sqrt(toy.QUERIES))
+    assert report["SSO"]["ties"]["mean"] == pytest.approx(scores.count(0.5) / toy.QUERIES)
