@@ -13,6 +13,7 @@ of pairs and answers is a chat model (--judge), or for the toy world's models it
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import torch
 
 import generate
 import sso
@@ -43,13 +45,18 @@ def verdicts(judge, model, pairs):
     if the orders disagree. Without one the grader judges answers of toy models, and nobody those of others:
     None."""
     if judge:
-        return judge_verdicts(generate.load_chat(judge), [(query, a[0], b[0]) for query, a, b in pairs])
+        return judge_verdicts(load_judge(judge), [(query, a[0], b[0]) for query, a, b in pairs])
     if generate.world(model) is toy:
         grades = [(toy.grade(query, *a), toy.grade(query, *b)) for query, a, b in pairs]
         return [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in grades]
 
 
-def judge_verdicts(chat, pairs, budget=16384):
+@functools.lru_cache(maxsize=1)
+def load_judge(path):
+    return generate.load_chat(path, torch.bfloat16 if generate.device.type == "cuda" else torch.float32)
+
+
+def judge_verdicts(chat, pairs, budget=4096):
     """`verdicts` of a chat model on (query, text a, text b): no text is parsed, the probabilities of the two
     identifiers are compared, at the place where the answer starts."""
     m, M = ("m", False), ("M", False)
@@ -57,13 +64,14 @@ def judge_verdicts(chat, pairs, budget=16384):
                                                                (sso.judge_messages(query, b, a), M, m)],
                                  chat.context) for query, a, b in pairs]
     a, b = generate.score(chat, examples, budget, name="judge")[0]          # (2, N): two orders
-    return ((a > b).float() + 0.5 * (a == b).float()).mean(0).tolist()
+    votes = (a > b).sum(0) - (a < b).sum(0)                                 # 2 or -2 if both orders agree
+    return [1.0 if vote == 2 else 0.0 if vote == -2 else 0.5 for vote in votes.tolist()]
 
 
 # ---- Measurements --------------------------------------------------------------------------------
 
 def probabilities(chat, examples, budget):
-    """exp(mean token log-prob) and tokens of the responses of N one-row examples: two (2, N)."""
+    """exp(mean token log-prob) and tokens of the responses of the first row of N examples: two (2, N)."""
     logps, tokens = (tensor[:, 0].cpu() for tensor in generate.score(chat, examples, budget))
     return (logps / tokens).exp(), tokens
 
@@ -78,6 +86,8 @@ def data(path, policy, judge=None, rows="policy"):
     firsts = [sso.preference_pairs(record, rows, chat.prompts)[0] for record in records]
     scores = verdicts(judge, policy, [(prompt[-1]["content"], *both) for prompt, *both in firsts])
     measures = {"pairs": len(records), "accuracy": "no judge", "ties": "no judge"}
+    if judge:       # of pairs that differ, how many got a verdict by position
+        measures["inconsistent"] = stat([float(score == 0.5) for score in scores])
     if scores:
         scores += [0.5] * dropped.total()
         measures |= {"accuracy": stat(scores), "ties": stat([float(score == 0.5) for score in scores])}
@@ -114,7 +124,12 @@ def policies(models, queries, folder, judge=None, **given):
         row = measures[name] = {"answers": len(answers), "quality": "no judge", "win rate": "no judge"}
         if generate.world(model) is toy:
             row["quality"] = stat([toy.grade(query, *answer) for query, answer in answers])
-        scores = verdicts(judge, model, [(query, a, b) for (query, a), (_, b) in zip(answers, first)])
+        pairs = [(query, a, b) for (query, a), (_, b) in zip(answers, first)]
+        scores = verdicts(None if answers is first else judge, model, pairs)
+        if answers is first and judge:
+            scores = [0.5] * len(pairs)
+        elif judge and (differ := [score for score, (_, a, b) in zip(scores, pairs) if a[0] != b[0]]):
+            row["inconsistent"] = stat([float(score == 0.5) for score in differ])       # verdicts by position
         if scores:
             row["win rate"] = stat(scores)
             row |= {word: scores.count(s) / len(scores) for word, s in (("win", 1), ("tie", 0.5), ("loss", 0))}
@@ -127,6 +142,8 @@ def reward(model, path):
     """How often a reward model puts chosen above rejected: {"all": stat}, and if the records have a `subset`,
     as RewardBench's do, the same by subset and the "average" over subsets."""
     chat = generate.load_chat(model, of=generate.REWARD)
+    if "SequenceClassification" not in str(chat.model.config.architectures):
+        raise sso.UserError(f"model {model}: it has no reward head; `python train.py reward` trains one")
     s = generate.resolve(model, "reward", {})
     records, examples, _ = generate.read_pairs(path, "policy", chat, s["max_length"])
     chosen, rejected = generate.score(chat, examples, s["micro_batch_tokens"], of=sso.pair_rewards)[0][:, 0]
@@ -154,13 +171,20 @@ def answers(model, queries, out, **given):
 def write_report(out, rows, given, judge=None):
     """Measure a run's pairs and policies, and write report.json. `rows`: name -> (pairs or None, the rows of
     the pair table that they are used in, the policy that they are for, the policy trained on them)."""
-    if (out / "report.json").exists() and not judge:
+    path, inputs = out / "report.json", {f"policy {name}": trained for name, (*_, trained) in rows.items()}
+    try:
+        note = generate.claim(path, {"judge": judge and str(judge)}, inputs)
+    except sso.UserError:           # of other policies, or by another judge: measured anew
+        path.unlink()
+        note = generate.claim(path, {"judge": judge and str(judge)}, inputs)
+    if not note:
         return
+    generate.write_text(*note)
     report = policies({name: trained for name, (*_, trained) in rows.items()}, out / "heldout.jsonl", out,
                       judge, **given)
     for name, (pairs, used_in, policy, _) in rows.items():
         report[name] |= data(pairs, policy, judge, used_in) if pairs else {}
-    generate.write_text(out / "report.json", json.dumps(report, indent=1))
+    generate.write_text(path, json.dumps(report, indent=1))
 
 
 def print_table(rows, columns):
@@ -243,11 +267,18 @@ def main():
      "report": print_report, "log": log_command}[args.pop("command")](**args)
 
 
+def all_columns(rows):
+    return list(dict.fromkeys(column for row in rows.values() for column in row))
+
+
 def data_command(files, policy, judge, plot):
-    rows = {path: data(path, policy, judge) for path in files}
-    print_table(rows, list(rows[files[0]]))
     if plot:
-        import figures
+        import figures          # says now if matplotlib is missing
+        if not judge and generate.world(policy) is not toy:
+            raise sso.UserError("Figure 3 needs a judge: give --judge")
+    rows = {path: data(path, policy, judge) for path in files}
+    print_table(rows, all_columns(rows))
+    if plot:
         lists = {path: distributions(path, policy) for path in files}
         figures.draw(plot, [lambda axes: figures.figure3(axes, rows)] + [
             lambda axes, path=path: figures.distribution(axes, path, lists[path]) for path in files])
@@ -256,7 +287,7 @@ def data_command(files, policy, judge, plot):
 def policy_command(models, queries, out, judge, **given):
     with tempfile.TemporaryDirectory() as temporary:
         rows = policies(dict(zip(models, models)), queries, out or temporary, judge, **given)
-    print_table(rows, list(rows[models[0]]))
+    print_table(rows, all_columns(rows))
 
 
 def reward_command(model, data):

@@ -3,9 +3,9 @@
 Called by `python eval.py data --plot`, `python eval.py log --plot` and `python toy.py study --plot`.
 """
 
-import json
 from pathlib import Path
 
+import generate
 from sso import UserError
 
 try:
@@ -16,7 +16,7 @@ except ImportError:
     raise UserError("--plot needs matplotlib, which is optional: pip install matplotlib") from None
 
 COLORS = {"PBAA": "tab:orange", "SSO": "tab:blue", "chosen": "tab:green", "rejected": "tab:red",
-          "original": "tab:gray"}
+          "original": "tab:gray", "y+ over yo": "tab:purple"}
 
 
 def draw(path, panels):
@@ -43,26 +43,23 @@ def figure3(axes, rows):
     an arrow from the first to the second, PBAA to SSO."""
     points = {}
     for name, measures in rows.items():
-        if not isinstance(measures["accuracy"], dict):
-            raise UserError("Figure 3 needs a judge: give --judge")
         points[name] = measures["p(both)"]["mean"], measures["accuracy"]["mean"]
         spread = [cell.get("sd", cell.get("se")) for cell in (measures["p(both)"], measures["accuracy"])]
-        axes.errorbar(*points[name], xerr=spread[0], yerr=spread[1], marker="o", capsize=2,
-                      color=COLORS.get(name, "tab:gray"))
-        axes.annotate(name, points[name], xytext=(6, 6), textcoords="offset points")
+        axes.errorbar(*points[name], xerr=spread[0], yerr=spread[1], marker="o", capsize=2, label=name)
     first, second, *_ = [*points.values(), None, None]
     if second:
-        axes.annotate("", second, first, arrowprops={"arrowstyle": "->", "color": "black", "shrinkA": 8, "shrinkB": 8})
+        axes.annotate("", second, first, arrowprops={"arrowstyle": "->", "shrinkA": 8, "shrinkB": 8})
     axes.margins(0.15)
-    axes.set(title="Quality of the pairs (Figure 3)", xlabel="average probability of both responses under the policy",
-             ylabel="accuracy of the pairs")
+    axes.legend(fontsize=8)
+    axes.set(title="Quality of the pairs (Figure 3)", ylabel="accuracy of the pairs",
+             xlabel="average probability of both responses under the policy")
 
 
 def distribution(axes, title, probabilities):
     """Figure 1, measured: how exp(mean token log-prob) under the policy is distributed, of {name: list}."""
     for name, values in probabilities.items():
         axes.hist(values, bins=40, range=(0, 1), density=True, histtype="stepfilled", alpha=0.4, label=name,
-                  color=COLORS[name.split()[0]])
+                  color=COLORS[name])
     axes.set(title=title, xlabel="exp(mean token log-prob) under the policy", ylabel="density")
     axes.legend()
 
@@ -71,15 +68,15 @@ def over_rounds(axes, title, curves):
     """A measure over rounds, mean and sd over seeds: {name: {round: cell}}."""
     for name, cells in curves.items():
         cells = {int(k): cell for k, cell in cells.items() if cell}
-        axes.errorbar(list(cells), [cell["mean"] for cell in cells.values()], yerr=[cell["sd"] for cell in cells.values()],
-                      marker="o", capsize=2, label=name, color=COLORS.get(name))
+        means, spreads = zip(*((cell["mean"], cell["sd"]) for cell in cells.values()))
+        axes.errorbar(list(cells), means, yerr=spreads, marker="o", capsize=2, label=name, color=COLORS[name])
     axes.set(title=title, xlabel="round")
     axes.legend()
 
 
 def training(files):
-    """Panels of training curves from any log.jsonl: loss, margin, rewards, log-probs, gradient norm."""
-    logs = {str(path): [json.loads(line) for line in Path(path).read_text().splitlines()] for path in files}
+    """Panels of training curves from any log.jsonl: loss, margin, accuracy, rewards, gradient norm."""
+    logs = {str(path): generate.read_jsonl(path, needs=()) for path in files}
     keys = ("loss", "margin", "accuracy", "chosen_rewards", "rejected_rewards", "grad_norm")
 
     def panel(key):

@@ -42,9 +42,9 @@ CHOICES = {"objective": sso.PAIRS, "base": sso.BASE_LOSSES}     # settings that 
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-def read_jsonl(path, needs=("prompt",)):
-    """The records of a JSONL file; prompt and responses, which may be strings, as lists of messages. An error
-    names the file and the line."""
+def read_jsonl(path, needs=("prompt",), queries=False):
+    """The records of a JSONL file; prompt and responses, which may be strings, as lists of messages. Of a file
+    of queries a prompt is one message of the user. An error names the file and the line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     records = []
@@ -56,8 +56,11 @@ def read_jsonl(path, needs=("prompt",)):
         except (ValueError, TypeError) as error:                # not UTF-8, not JSON; not an object
             what = f"line {number}: not a JSON object ({error})" if line or number > 1 else "an empty file"
             raise UserError(f"{path}, {what}; one JSON object a line is expected") from None
+        if "prompt" not in record and isinstance(record.get("chosen"), list):
+            record["prompt"] = record["chosen"][:-1]            # TRL's "implicit prompt"
         for key in needs:
-            if not record.get(key) or not str(record[key]).strip():
+            if not record.get(key) or not str(record[key]).strip() or (
+                    key != "prompt" and not isinstance(record[key], str)):
                 raise UserError(f"{path}, line {number}: a record without a {key!r}")
         for column in {"prompt", *sso.COLUMNS.values()} & record.keys():
             messages = record[column]
@@ -68,16 +71,9 @@ def read_jsonl(path, needs=("prompt",)):
                     for m in messages):
                 raise UserError(f"{path}, line {number}: {column!r} is neither a text nor a list of messages")
             record[column] = messages
-        records.append(record)
-    return records
-
-
-def read_queries(path):
-    """The records of a file of queries, each a single message of the user."""
-    records = read_jsonl(path)
-    for number, record in enumerate(records, 1):
-        if [message["role"] for message in record["prompt"]] != ["user"]:
+        if queries and [message["role"] for message in record["prompt"]] != ["user"]:
             raise UserError(f"{path}, line {number}: a query is one user message, or a string")
+        records.append(record)
     return records
 
 
@@ -148,10 +144,10 @@ def claim(out, settings, inputs, folder=False):
     if begun and not note.exists():
         raise UserError(f"{begun[0]} exists and was not made by this command; choose another --out")
     before = json.loads(note.read_text(encoding="utf-8")) if begun else settings
-    for key, value in settings.items():
-        if before.get(key) != value:
-            raise UserError(f"{out} was made with {key} = {before.get(key)!r}, not {value!r}: choose another "
-                            f"--out, or delete {', '.join(begun)} and {note} to make it again")
+    for key in settings | before:
+        if before.get(key) != settings.get(key):
+            raise UserError(f"{out} was made with {key} = {before.get(key)!r}, not {settings.get(key)!r}: choose "
+                            f"another --out, or delete {', '.join(begun)} and {note} to make it again")
     return None if done.exists() else (note, json.dumps(settings, indent=1))
 
 
@@ -236,9 +232,9 @@ def load_chat(path, dtype=torch.float32, of=AutoModelForCausalLM):
     ids = own.eos_token_id
     stop_ids = sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
     end_id = sso.end_of_turn_id(tokenizer, stop_ids)
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None or pad_id == end_id:      # padding is always masked, but a reward is read off the last
-        pad_id = next((i for i in stop_ids if i != end_id), stop_ids[0])     # token that is no padding
+    # Padding is always masked, but a reward is read off the last token that is no padding: never end_id.
+    known = (model.config.pad_token_id if of is REWARD else None, tokenizer.pad_token_id, *stop_ids, 0, 1)
+    pad_id = next(i for i in known if i not in (None, end_id))
     if of is REWARD:
         model.config.pad_token_id = pad_id
     elif not head_is_last(model):
@@ -347,7 +343,7 @@ def generate_file(out, records, make, s):
 
 def principles(model, queries, out, **given):
     """Step 1: write to OUT a bad and a good principle for each query."""
-    s, records = resolve(model, "principles", given), read_queries(queries)
+    s, records = resolve(model, "principles", given), read_jsonl(queries, queries=True)
     if not (note := claim(out, s, {"model": model, "queries": queries})):
         return print(f"{out}: complete")
     chat = load_sampler(model)
@@ -375,7 +371,7 @@ def written_principles(path, queries, out, seed=0):
             own[record["prompt"][-1]["content"]] = record
         else:
             general.append(record)
-    for number, record in enumerate(read_queries(queries), 1):
+    for number, record in enumerate(read_jsonl(queries, queries=True), 1):
         query = record["prompt"][0]["content"]
         if query not in own and len(general) < 2:
             raise UserError(f"{queries}, line {number}: {path} has no principles for this query")

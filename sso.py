@@ -25,20 +25,17 @@ class UserError(ValueError):
 
 # ---- Settings (Section 5.1) ----------------------------------------------------------------------
 
-SETTINGS = {   # for a real model; toy.py has its own
-    "principles": {"seed": 0, "batch_size": 16, "temperature": 0.7, "top_p": 0.8, "max_new_tokens": 256},
-    "responses": {"seed": 0, "batch_size": 16, "temperature": 0.7, "top_p": 0.8,
-                  "max_new_tokens": 2048},     # paper: temperature, top-p and length as here
-    # Paper: lr, β, γ, batch sizes and one epoch as here; schedule and weight decay from the released scripts.
-    "generator": {"seed": 0, "lr": 5e-7, "epochs": 1, "batch_size": 32, "beta": 0.1, "gamma": 0.1,
-                  "weight_decay": 0.1, "warmup": 0.04, "clip": 1.0, "examples": 8_000,
-                  "max_length": 4096, "micro_batch_tokens": 4096, "objective": "sso", "base": "dpo"},
-    "policy": {"seed": 0, "lr": 5e-7, "epochs": 1, "batch_size": 256, "beta": 0.1, "gamma": 0.0,
-               "weight_decay": 0.1, "warmup": 0.04, "clip": 1.0, "examples": 60_000,
-               "max_length": 4096, "micro_batch_tokens": 4096, "objective": "policy", "base": "dpo"},
-    # Section 5.3 names no settings for the reward model: these are common ones, not the paper's.
-    "reward": {"seed": 0, "lr": 2e-6, "epochs": 1, "batch_size": 128, "weight_decay": 0.1, "warmup": 0.04,
-               "clip": 1.0, "examples": 1_000_000, "max_length": 4096, "micro_batch_tokens": 4096},
+# Schedule and weight decay are those of the released scripts.
+TRAINING = {"seed": 0, "epochs": 1, "weight_decay": 0.1, "warmup": 0.04, "clip": 1.0, "max_length": 4096,
+            "micro_batch_tokens": 4096}
+SETTINGS = {   # for a real model, the paper's except where it is said; toy.py has its own
+    "principles": {"seed": 0, "batch_size": 16, "temperature": 0.7, "top_p": 0.8, "max_new_tokens": 256},   # ours
+    "responses": {"seed": 0, "batch_size": 16, "temperature": 0.7, "top_p": 0.8, "max_new_tokens": 2048},
+    "generator": TRAINING | {"objective": "sso", "base": "dpo", "lr": 5e-7, "batch_size": 32, "beta": 0.1,
+                             "gamma": 0.1, "examples": 8_000},
+    "policy": TRAINING | {"objective": "policy", "base": "dpo", "lr": 5e-7, "batch_size": 256, "beta": 0.1,
+                          "gamma": 0.0, "examples": 60_000},
+    "reward": TRAINING | {"lr": 2e-6, "batch_size": 128, "examples": 1_000_000},    # ours: Section 5.3 has none
 }
 
 
@@ -200,7 +197,8 @@ def encode_pairs(tokenizer, end_id, pairs, max_length):
     for messages, *responses in pairs:
         prompt = encode_prompt(tokenizer, messages)
         if len(prompt) >= max_length:
-            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in --max-length {max_length}")
+            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in --max-length {max_length} "
+                            "(or that is the model's context)")
         winner, loser = (encode_response(tokenizer, end_id, *response) for response in responses)
         if not winner or not loser:
             raise UserError("an empty response")
@@ -267,7 +265,7 @@ def pair_logps(model, examples, pad_id):
 def pair_rewards(model, examples, pad_id):
     """Rewards r(x, y) of a sequence-classification model, and tokens, as `pair_logps` gives log-probs."""
     input_ids, response_mask = pad_pairs(examples, pad_id, model.device)
-    rewards = model(input_ids).logits.float()        # (N, 1), read off the last token that is no padding
+    rewards = model(input_ids, use_cache=False).logits.float()       # (N, 1), off the last unpadded token
     return rewards.view(2, -1, len(examples)), response_mask.sum(1).view(2, -1, len(examples))   # (2, R, B)
 
 
@@ -320,6 +318,6 @@ def joint_weights(policy_logps, tokens, g=0.1, alpha=0.66):
 
 def reward_loss(rewards):
     """Bradley–Terry, −log σ(r(x, y_w) − r(x, y_l)), of rewards (2, R, B): losses (B,) and parts (R, B)."""
-    losses = -F.logsigmoid(rewards[0] - rewards[1])
+    losses = -F.logsigmoid(rewards[0] - rewards[1])                   # (R, B)
     parts = {"loss": losses, "chosen_rewards": rewards[0], "rejected_rewards": rewards[1]}
     return losses.sum(0), {name: part.detach() for name, part in parts.items()}

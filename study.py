@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -32,11 +33,11 @@ DEFAULTS = ("pbaa", "sso", "plus", "minus", "original")     # also run with the 
 # that was trained for a fifth of the steps.
 SOURCES = {"hand": "default", "on-policy": "on-policy", "junk": "junk", "style": "style", "weak": None}
 WEAK_STEPS = 600
-ROUND_ARMS = ("pbaa", "sso", "original")
+SEARCH_ROUNDS = 6
 
 # ---- The search over learning rates and epochs, the same for every arm ---------------------------
 
-SEARCH_SEEDS = (0, 6)       # not among the seeds that are reported
+SEARCH_SEEDS = (0, 6)       # never among the seeds that are reported
 GRID = {"generator": [{"lr": lr, "epochs": epochs} for lr in (3e-4, 6e-4, 1.2e-3) for epochs in (2, 4)],
         "policy": [{"lr": lr, "epochs": epochs} for lr in (1e-4, 3e-4, 1e-3) for epochs in (1, 3)],
         "reward": [{"lr": lr, "epochs": epochs} for lr in (3e-4, 1e-3, 3e-3) for epochs in (1, 3)]}
@@ -45,9 +46,10 @@ ROWS = [*ARMS, *(f"{arm}@{source}" for source in SOURCES for arm in ("pbaa", "ss
 # what `python toy.py study --search` printed.
 BEST = {"pbaa": (0, 3), "sso": (2, 1), "plus": (1, 3), "minus": (0, 1), "eq3": (5, 3), "two": (5, 1),
         "joint": (0, 2), "original": (0, 1), "best-of-4": (0, 1), "pbaa-ipo": (0, 3), "sso-ipo": (2, 3),
-        "pbaa@hand": (0, 3), "sso@hand": (2, 1), "pbaa@on-policy": (0, 3), "sso@on-policy": (2, 1),
-        "pbaa@junk": (0, 3), "sso@junk": (2, 1), "pbaa@style": (0, 3), "sso@style": (2, 1),
-        "pbaa@weak": (0, 3), "sso@weak": (2, 1)}
+        "pbaa@hand": (0, 3), "sso@hand": (5, 1), "pbaa@on-policy": (0, 1), "sso@on-policy": (5, 1),
+        "pbaa@junk": (0, 3), "sso@junk": (5, 1), "pbaa@style": (0, 2), "sso@style": (5, 1),
+        "pbaa@weak": (0, 3), "sso@weak": (5, 1)}
+BEST_ROUNDS = {"pbaa": (0, 1), "sso": (2, 0), "original": (0, 0)}     # over SEARCH_ROUNDS rounds
 BEST_REWARD = {"pbaa": 0, "sso": 5, "graded": 5, "graded+pbaa": 3, "graded+sso": 5}     # into GRID["reward"]
 DEFAULT = ()                # no cell: the settings of `python train.py`
 
@@ -81,8 +83,8 @@ def answer(folder, source, writer, policy, seed):
     """Principles by `writer` (unless they are there) and responses by `policy`, in folder `source`."""
     principles = source / "principles.jsonl"
     if writer:
-        generate.principles(writer, (source if (source / "queries.jsonl").exists() else folder) / "queries.jsonl",
-                            principles, seed=seed)
+        queries = source if (source / "queries.jsonl").exists() else folder
+        generate.principles(writer, queries / "queries.jsonl", principles, seed=seed)
     generate.responses(policy, principles, source / "responses.jsonl", seed=seed)
 
 
@@ -123,41 +125,53 @@ def prepare_source(name, folder, seed):
 def run_arm(name, cell, folder, out, seed, source=None, start=None, generator=None):
     """Train an arm's generator (in `generator`, if that is not `out`) and its policy in `out`, from the
     responses in `source`, and measure both. `name` is a row of the tables: "arm", "arm@...", "arm ..."."""
-    if (out / "report.json").exists():
-        return
     arm, base, source = re.split("[@ ]", name)[0], folder / "base", source or folder
     of, objective, start = settings(arm, cell, seed), ARMS[arm][0], start or base
+    if reported(out, of):
+        return
     rows = train.PLANS[objective][1]
     responses = source / ("graded-queries.jsonl" if arm == "best-of-4" else "responses.jsonl")
     pairs = train.make_pairs(objective, start, source / "principles.jsonl", responses, generator or out, of)
     train.train("policy", start, pairs, out / "policy", **of["policy"], objective=rows)
     measures = evaluation.data(pairs, start, rows=rows)
-    answers = evaluation.policies({"base": base, "policy": out / "policy"}, folder / "heldout.jsonl", out, seed=seed)
-    generate.write_text(out / "report.json", json.dumps({name: measures | answers["policy"]}))
+    models = {"base": base, "policy": out / "policy"}
+    answers = evaluation.policies(models, folder / "heldout.jsonl", out, seed=seed)
+    row = measures | answers["policy"] | {"settings": of}
+    generate.write_text(out / "report.json", json.dumps({name: row}))
+
+
+def reported(out, of):
+    """Whether a measurement with these settings is there. One with others is refused by what it is made of."""
+    report = out / "report.json"
+    return report.exists() and next(iter(json.loads(report.read_text()).values())).get("settings") == of
 
 
 def run_reward(name, cell, folder, pairs, out, seed):
     """A reward model (Table 2) on one training set, `pairs` being SSO's; its accuracy on plain answers to
     held-out queries, labelled by the grader."""
-    if (out / "report.json").exists():
+    of = GRID["reward"][cell]
+    if reported(out, of):
         return
     files = {"pbaa": folder / "responses.jsonl", "sso": pairs, "graded": folder / "graded-queries.jsonl"}
     train.train("reward", folder / "base", [files[part] for part in name.split("+")], out, seed=seed,
-                **GRID["reward"][cell])
+                **of)
     row = evaluation.reward(out, folder / "graded-heldout.jsonl")["all"]
-    generate.write_text(out / "report.json", json.dumps({f"reward {name}": row}))
+    generate.write_text(out / "report.json", json.dumps({f"reward {name}": row | {"settings": of}}))
 
 
-def run_rounds(arm, folder, seed, rounds):
+def run_rounds(arm, cell, folder, out, seed, rounds):
     """An arm over several rounds: in each fresh queries, responses and a generator by the policy so far."""
-    queries, start = toy.make_queries(seed, rounds)[0], folder / "base"
+    queries, start, measured = toy.make_queries(seed, rounds)[0], folder / "base", []
     for number in range(rounds):
-        out = folder / "rounds" / arm / str(number + 1)
+        this = out / str(number + 1)
         share = queries[number * toy.QUERIES:(number + 1) * toy.QUERIES]
-        generate.write_text(out / "queries.jsonl", generate.as_lines({"prompt": query} for query in share))
-        answer(folder, out, folder / "base", start, seed)
-        run_arm(f"{arm} {number + 1}", BEST[arm], folder, out, seed, out, start)
-        start = out / "policy"
+        generate.write_text(this / "queries.jsonl", generate.as_lines({"prompt": query} for query in share))
+        answer(folder, this, folder / "base", start, seed)
+        run_arm(f"{arm} {number + 1}", cell, folder, this, seed, this, start)
+        measured += json.loads((this / "report.json").read_text()).values()
+        start = this / "policy"
+    mean = evaluation.stat([row["quality"]["mean"] for row in measured])
+    generate.write_text(out / "report.json", json.dumps({f"{arm} rounds": {"quality": mean}}))
 
 
 def source_of(row, folder):
@@ -191,14 +205,18 @@ def work(function, arguments, folder):
 def run_tasks(tasks, processes):
     """Run {name: (seconds it takes, name of a task to wait for or None, function, arguments, folder)}."""
     waiting, running, done = dict(tasks), {}, set()
-    with multiprocessing.get_context("spawn").Pool(processes) as pool, tqdm(
+    quiet = (signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the main process, which ends the others
+    with multiprocessing.get_context("spawn").Pool(processes, signal.signal, quiet) as pool, tqdm(
             total=sum(task[0] for task in tasks.values()), unit="s of work", desc="study",
             bar_format="{desc}: {percentage:3.0f}% [{elapsed} so far, {remaining} left] {postfix}") as bar:
         while waiting or running:
             for name in [name for name, task in waiting.items() if task[1] in done | {None}]:
                 running[name] = pool.apply_async(work, waiting.pop(name)[2:])
             for name in [name for name, result in running.items() if result.ready()]:
-                running.pop(name).get()         # raises what the task raised
+                try:
+                    running.pop(name).get()     # raises what the task raised
+                except UserError as error:
+                    raise UserError(f"task {name!r}: {error}") from None
                 done.add(name)
                 bar.update(tasks[name][0])
                 bar.set_postfix_str(f"last: {name}", refresh=False)
@@ -236,8 +254,9 @@ def study_tasks(rounds):
         for name, cell in BEST_REWARD.items():
             add(f"reward {name}", 5, run_reward, name, cell, folder, folder / "arms/sso/pairs.jsonl",
                 folder / "rewards" / name, seed, after="sso")
-        for arm in ROUND_ARMS if rounds else ():
-            add(f"{arm} rounds", rounds * seconds_of(arm), run_rounds, arm, folder, seed, rounds)
+        for arm, cell in BEST_ROUNDS.items() if rounds else ():
+            add(f"{arm} rounds", rounds * seconds_of(arm), run_rounds, arm, cell, folder,
+                folder / "rounds" / arm, seed, rounds)
     return per_seed
 
 
@@ -247,18 +266,23 @@ def search_tasks(add, folder, seed):
         for i in range(len(GRID["generator"]) if seconds_of(row) > 4 else 1):
             add(f"{row} {i}", 28, run_search, row, i, folder, seed, after=row.partition("@")[2] or "prepare")
     add("rewards", 120, run_reward_search, folder, seed, after=f"sso {BEST['sso'][0]}")
+    for arm in BEST_ROUNDS:
+        i = BEST[arm][0]                            # the best generator of a single round
+        for j in range(len(GRID["policy"])):
+            add(f"{arm} rounds {j}", SEARCH_ROUNDS * seconds_of(arm), run_rounds, arm, (i, j), folder,
+                folder / "search" / f"{arm} rounds" / str(i) / str(j), seed, SEARCH_ROUNDS)
 
 
 def print_search(root):
     """Of every arm the best cell of the grid, by mean quality (accuracy of reward models) over the seeds."""
     rows = {}
-    for arm in [*ROWS, *(f"reward {name}" for name in BEST_REWARD)]:
-        cells, measure = {}, "quality" if arm in ROWS else "accuracy"
+    for arm in [*ROWS, *(f"{arm} rounds" for arm in BEST_ROUNDS), *(f"reward {name}" for name in BEST_REWARD)]:
+        cells, measure = {}, "accuracy" if arm.startswith("reward") else "quality"
         for report in root.glob(f"seed*/search/{arm}/*/*/report.json"):
             i, j = int(report.parts[-3]), int(report.parts[-2])
             cells.setdefault((i, j), []).append(json.loads(report.read_text())[arm][measure]["mean"])
         value, (i, j) = max((sum(values) / len(values), cell) for cell, values in cells.items())
-        last = GRID["policy" if arm in ROWS else "reward"][j]
+        last = GRID["reward" if arm.startswith("reward") else "policy"][j]
         rows[arm] = {"cell": (i, j), measure: value, "settings": f"{GRID['generator'][i]}, {last}"}
     evaluation.print_table(rows, ["cell", "quality", "accuracy", "settings"])
 
@@ -338,8 +362,9 @@ def print_tables(runs, rounds):
 def curves(runs, column, rounds):
     """{arm: {round: mean and sd of a column over seeds}}; round 0 is the base model."""
     means = evaluation.over_runs(runs, [], [column])[0]
-    return {arm: {str(k): means.get(f"{arm} {k}" if k else "base", {}).get(column) for k in range(rounds + 1)}
-            for arm in ROUND_ARMS}
+    labels = {"pbaa": "PBAA", "sso": "SSO", "original": "y+ over yo"}
+    return {labels[arm]: {str(k): means.get(f"{arm} {k}" if k else "base", {}).get(column)
+                          for k in range(rounds + 1)} for arm in BEST_ROUNDS}
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -356,6 +381,8 @@ def add_arguments(parser):
 def run(seeds, rounds, search, plot, out, processes):
     if seeds < 1 or rounds < 0 or processes < 1:
         raise UserError("study: --seeds and --processes are at least 1, --rounds at least 0")
+    if seeds >= max(SEARCH_SEEDS):
+        raise UserError(f"study: --seeds is below {max(SEARCH_SEEDS)}, a seed that the settings were chosen on")
     root, seeds = Path(out), range(1, seeds + 1)
     if plot:
         import figures                      # says so now if matplotlib is missing, not after the work
@@ -379,4 +406,4 @@ def panels(figures, runs, folder, rounds):
             lambda axes: figures.distribution(axes, "SSO", {"original": pbaa["original"]} | sso),
             lambda axes: figures.figure3(axes, points)]
     return made + [lambda axes, column=column: figures.over_rounds(axes, column, curves(runs, column, rounds))
-                   for column in (("quality", "accuracy", "p(rejected)") if rounds else ())]
+                   for column in (("quality", "accuracy", "p(rejected)", "words") if rounds else ())]

@@ -35,7 +35,7 @@ import toy
 from generate import device
 from sso import UserError
 
-STAGES = {"generator": "step 3", "policy": "step 4", "reward": "a reward model (Section 5.3)"}
+STAGES = ("generator", "policy", "reward")     # steps 3 and 4; Section 5.3
 # --objective of all four steps -> its data generators, each by its rows of the pair table and the roles that
 # it answers in; and the rows of the policy.
 PLANS = {rows: ({rows: ("good", "bad")}, "policy") for rows in ("sso", "plus", "minus", "eq3")} | {
@@ -186,6 +186,8 @@ def prepare(stage, model, data, out, s):
         _, more, dropped = generate.read_pairs(path, rows, chat, s["max_length"])
         examples += more
         print(f"{path}: {len(more)} examples; skipped: {dict(dropped) or 0}")
+    if len(data) > 1:                       # so that --examples takes some of every file
+        random.Random(s["seed"]).shuffle(examples)
     generate.write_text(*note)
     check_disk(out, chat.model)
     for term, pair in zip(sso.PAIRS[rows], examples[0]):                    # show what is trained on
@@ -250,7 +252,7 @@ def train(stage, model, data, out, **given):
 
 def split(path, seed):
     """(queries, held-out queries): a tenth of the records is held out for the report, 200 at most."""
-    prompts = [record["prompt"] for record in generate.read_queries(path)]
+    prompts = [record["prompt"] for record in generate.read_jsonl(path, queries=True)]
     if len(prompts) < 2:
         raise UserError(f"{path}: at least two queries are needed, since one is held out for the report")
     random.Random(seed).shuffle(prompts)
@@ -275,6 +277,8 @@ def make_pairs(objective, model, principles, responses, out, of):
 def start(a, base, folders):
     """Write the run's held-out queries and the queries of each round, or check that they are this run's."""
     queries, heldout = split(a.queries, a.seed) if a.model else toy.make_queries(a.seed, len(folders))
+    if len(queries) < len(folders):
+        raise UserError(f"--iterations {len(folders)}: more rounds than the {len(queries)} queries to train on")
     settings = {name: getattr(a, name) for name in ("seed", "objective", "base", "iterations")}
     settings |= {} if a.model else {"toy_world": a.toy_world}
     made_of = {name: getattr(a, name) for name in ("model", "queries", "principles", "principle_model")}
@@ -298,7 +302,7 @@ def pipeline(a):
                                      if key.startswith(f"{stage}.")} for stage in sso.SETTINGS}
     for stage in of:                # refuse bad settings, queries and models before anything is written
         generate.resolve(base, stage, of[stage])
-    for model in filter(None, (a.model, a.principle_model)):
+    for model in filter(None, (a.model, a.principle_model, a.judge)):
         generate.load_tokenizer(model)
     folders = [out / f"round{i + 1}" if a.iterations > 1 else out for i in range(a.iterations)]
     start(a, base, folders)
@@ -316,7 +320,7 @@ def pipeline(a):
         # The baseline PBAA has no step 3: the policy's own pairs.
         if number == 1 and a.objective != "pbaa":
             train("policy", policy, responses, out / "pbaa", **of["policy"])
-            rows["PBAA"] = (responses, "policy", policy, out / "pbaa")
+            rows["PBAA" if a.iterations == 1 else "PBAA 1"] = (responses, "policy", policy, out / "pbaa")
         # 3. The data generator. 4. The policy, by L_base(x, y+, y-) on fresh pairs of the generator.
         pairs = make_pairs(a.objective, policy, principles, responses, folder, of)
         used_in = PLANS[a.objective][1]
@@ -355,8 +359,10 @@ def main():
     args = parser.parse_args()
     if (args.model is None) != (args.queries is None):
         parser.error("--model and --queries go together; with neither, the toy world is used")
-    if args.principles and args.principle_model:
-        parser.error("--principles and --principle-model exclude each other")
+    if sum(map(bool, (args.principles, args.principle_model, args.toy_world != "default"))) > 1:
+        parser.error("--principles, --principle-model and --toy-world exclude each other")
+    if args.model and args.toy_world != "default":
+        parser.error("--toy-world is for the toy world, without --model")
     if args.iterations < 1:
         parser.error("--iterations is at least 1")
     pipeline(args)

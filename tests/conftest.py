@@ -126,9 +126,11 @@ def small_study(toy_base, monkeypatch):
     monkeypatch.setattr(toy, "build", lambda out, *args, **how: shutil.copytree(toy_base, out))
     monkeypatch.setattr(toy, "QUERIES", 24)
     monkeypatch.setattr(toy, "HELDOUT", 24)
-    monkeypatch.setattr(study, "SEARCH_SEEDS", (0,))
+    monkeypatch.setattr(study, "SEARCH_SEEDS", (6,))
+    monkeypatch.setattr(study, "SEARCH_ROUNDS", 1)
     monkeypatch.setattr(study, "GRID", {stage: [{"lr": 1e-3, "epochs": 1}] for stage in study.GRID})
     monkeypatch.setattr(study, "BEST", dict.fromkeys(study.BEST, (0, 0)))
+    monkeypatch.setattr(study, "BEST_ROUNDS", dict.fromkeys(study.BEST_ROUNDS, (0, 0)))
     monkeypatch.setattr(study, "BEST_REWARD", dict.fromkeys(study.BEST_REWARD, 0))
 
     def here(tasks, processes):

@@ -224,10 +224,12 @@ def test_any_standard_preference_file_trains_the_same_policy(toy_base, toy_data,
              "rejected": r["rejected"][0]["content"] or "x"} for r in records]
     listed = [{c: [{"role": "user" if c == "prompt" else "assistant", "content": t}] for c, t in r.items()} for r in flat]
     whole = [r | {c: r["prompt"] + r[c] for c in ("chosen", "rejected")} for r in listed]      # as in UltraFeedback
-    for name, rows in (("flat", flat), ("listed", listed), ("whole", whole)):
+    implicit = [{c: r[c] for c in ("chosen", "rejected")} for r in whole]               # as TRL's implicit prompt
+    for name, rows in (("flat", flat), ("listed", listed), ("whole", whole), ("implicit", implicit)):
         train.train("policy", toy_base, write_jsonl(tmp_path / f"{name}.jsonl", rows), tmp_path / name, epochs=2)
     assert_same_weights(tmp_path / "flat", tmp_path / "listed", atol=0)
     assert_same_weights(tmp_path / "flat", tmp_path / "whole", atol=0)
+    assert_same_weights(tmp_path / "flat", tmp_path / "implicit", atol=0)
 
 
 @pytest.mark.parametrize("record, given, message", [
