@@ -50,7 +50,7 @@ BEST = {"pbaa": (0, 3), "sso": (2, 1), "plus": (1, 3), "minus": (0, 1), "eq3": (
         "pbaa@junk": (0, 3), "sso@junk": (5, 1), "pbaa@style": (0, 2), "sso@style": (5, 1),
         "pbaa@weak": (0, 3), "sso@weak": (5, 1)}
 BEST_ROUNDS = {"pbaa": (0, 1), "sso": (2, 0), "original": (0, 0)}     # over SEARCH_ROUNDS rounds
-BEST_REWARD = {"pbaa": 0, "sso": 5, "graded": 5, "graded+pbaa": 3, "graded+sso": 5}     # into GRID["reward"]
+BEST_REWARD = {"pbaa": 0, "sso": 5, "graded": 5, "graded+pbaa": 5, "graded+sso": 5}     # into GRID["reward"]
 DEFAULT = ()                # no cell: the settings of `python train.py`
 
 
@@ -283,7 +283,8 @@ def print_search(root):
             cells.setdefault((i, j), []).append(json.loads(report.read_text())[arm][measure]["mean"])
         value, (i, j) = max((sum(values) / len(values), cell) for cell, values in cells.items())
         last = GRID["reward" if arm.startswith("reward") else "policy"][j]
-        rows[arm] = {"cell": (i, j), measure: value, "settings": f"{GRID['generator'][i]}, {last}"}
+        generator = f"generator {GRID['generator'][i]}, then " if len({i for i, _ in cells}) > 1 else ""
+        rows[arm] = {"cell": (i, j), measure: value, "settings": f"{generator}{last}"}
     evaluation.print_table(rows, ["cell", "quality", "accuracy", "settings"])
 
 
