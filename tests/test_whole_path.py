@@ -67,7 +67,8 @@ def test_every_other_command_of_the_readme(toy_base, qwen3, small_study, tmp_pat
             assert "--plot" in line and "needs matplotlib" in str(end) and not find_spec("matplotlib"), line
         ran.append(line)
     printed = capsys.readouterr().out
-    assert len(ran) > 20 and "no judge" in printed and "paired difference" in printed and "Over rounds: quality" in printed
+    assert len(ran) > 20 and "no judge" in printed and "paired difference" in printed
+    assert "Table 2: reward models" in printed and ("Over rounds: quality" in printed or not find_spec("matplotlib"))
     for script in ("train.py", "generate.py", "eval.py", "toy.py"):
         assert f"`{script}`" in README and any(script in line for line in ran)
 
