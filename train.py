@@ -299,7 +299,8 @@ def pipeline(a):
     """The whole paper in one folder, each step from the files of those before; complete ones are skipped."""
     out, base = Path(a.out), a.model or Path(a.out, "base")
     of = {stage: {"seed": a.seed} | {key.split(".")[1]: value for key, value in vars(a).items()
-                                     if key.startswith(f"{stage}.")} for stage in sso.SETTINGS}
+                                     if key.startswith(f"{stage}.") and value is not None}
+          for stage in sso.SETTINGS}
     for stage in of:                # refuse bad settings, queries and models before anything is written
         generate.resolve(base, stage, of[stage])
     for model in filter(None, (a.model, a.principle_model, a.judge)):

@@ -245,7 +245,9 @@ def test_every_round_is_a_folder_that_starts_from_the_policy_before(toy_base, tm
 def test_written_principles_and_control_worlds(toy_base, tmp_path, monkeypatch):
     queries = toy.make_queries(5)[0][:24]
     written = write_jsonl(tmp_path / "w.jsonl", [toy.write_principles(q, "junk", 1) for q in queries])
-    out, _ = pipeline(toy_base, tmp_path, "--principles", written)
+    out, _ = pipeline(toy_base, tmp_path, "--principles", written, "--seed", 3, "--policy.seed", 4)
+    seeds = [note(out / f"{name}args.json")["seed"] for name in ("principles.jsonl.", "responses.jsonl.", "generator/", "policy/")]
+    assert seeds == [3, 3, 3, 4]                     # the run's seed is that of every step, unless one has its own
     by_query = {r["prompt"][0]["content"]: r["bad_principle"] for r in generate.read_jsonl(out / "principles.jsonl")}
     assert all(by_query[q] == toy.write_principles(q, "junk", 1)["bad_principle"] for q in by_query)
     monkeypatch.chdir(tmp_path)
