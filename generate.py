@@ -9,13 +9,14 @@ Responses are a standard preference file (prompt, chosen, rejected as message li
 While a file grows, a line a record, it is called OUT.partial, and the same command continues it: each batch
 draws from its own seed. OUT itself is always complete. Its settings stand in OUT.args.json.
 
-Simpler than the authors' code: one answer holds both principles. Batches are static.
+Simpler than the authors' code: one answer holds both principles.
 """
 
 import argparse
 import collections
 import hashlib
 import json
+import math
 import os
 import random
 import sys
@@ -27,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          GenerationConfig)
+                          ContinuousBatchingConfig, GenerationConfig)
 from transformers.utils import logging
 
 import sso
@@ -37,7 +38,10 @@ from sso import UserError
 logging.disable_progress_bar()
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REWARD = AutoModelForSequenceClassification
+NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile")      # on results, but for rounding
 CHOICES = {"objective": sso.PAIRS, "base": sso.BASE_LOSSES}     # settings that are names and no numbers
+BOUNDS = {"seed": (0, 2**40), "top_p": (1e-12, 1), "warmup": (0, 1), "recompute_layers": (0, 1), "compile": (0, 1),
+          "temperature": (0, math.inf), "gamma": (0, math.inf), "weight_decay": (0, math.inf)}  # others: above 0
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -136,7 +140,7 @@ def claim(out, settings, inputs, folder=False):
     if folder:
         done, note, work = (done / "config.json", done / "args.json",
                             [done / "log.jsonl", done / "checkpoint.pt"])
-    settings = {key: value for key, value in settings.items() if key != "micro_batch_tokens"}    # no effect
+    settings = {key: value for key, value in settings.items() if key not in NO_EFFECT}
     for name, path in inputs.items():
         settings[name] = os.path.relpath(path, note.parent) if os.path.exists(path) else str(path)
         settings[f"content of {name}"] = fingerprint(path)
@@ -183,9 +187,7 @@ def resolve(path, stage, given):
     for key, value in settings.items():
         if key in CHOICES:
             continue
-        may_be_zero = key in ("seed", "temperature", "gamma", "weight_decay", "warmup")
-        least = 0 if may_be_zero else 1 if isinstance(value, int) else 1e-12
-        most = 1 if key in ("top_p", "warmup") else 2**40 if key == "seed" else float("inf")
+        least, most = BOUNDS.get(key, (1 if isinstance(value, int) else 1e-12, math.inf))
         if not least <= value <= most:
             raise UserError(f"{stage}: --{key.replace('_', '-')} {value} is not between {least} and {most}")
     return settings
@@ -237,18 +239,26 @@ def load_chat(path, dtype=torch.float32, of=AutoModelForCausalLM):
     pad_id = next(i for i in known if i not in (None, end_id))
     if of is REWARD:
         model.config.pad_token_id = pad_id
-    elif not head_is_last(model):
-        raise UserError(f"model {path}: it changes its logits after the output head: not supported")
-    context = getattr(model.config, "max_position_embeddings", 2**30)
+    # A row of the pair table has one mask for all layers. Within a window's length the two are the same.
+    window = getattr(model.config, "sliding_window", None) if getattr(model.config, "layer_types", None) and (
+        "sliding_attention" in model.config.layer_types) else None
+    context = min(getattr(model.config, "max_position_embeddings", 2**30), window or 2**30)
+    if of is not REWARD and not reads_trees(model):
+        raise UserError(f"model {path}: it does not read a pair as one row (its attention ignores a mask, or it "
+                        "changes its logits after the output head): not supported")
     return Chat(model, tokenizer, stop_ids, end_id, pad_id, context, world(path).PROMPTS)
 
 
 @torch.no_grad()
-def head_is_last(model):
-    """Whether the output head's logits are the model's, as `sso.response_logps` takes for granted."""
-    probe = torch.tensor([[0, 1]], device=device)
-    logits = model.get_output_embeddings()(model.base_model(probe).last_hidden_state)
-    return torch.allclose(logits.float(), model(probe).logits.float(), rtol=1e-2, atol=1e-2)
+def reads_trees(model):
+    """Whether `sso.pair_logps` of a small pair is what the model's own logits say of two sequences."""
+    prompt, *both = [0, 1], [1, 0, 0], [0, 1]
+    logps, own = sso.pair_logps(model, [[(prompt, *both)]], 0)[0].flatten(), []
+    for response in both:
+        ids = torch.tensor([prompt + response], device=device)
+        token_logps = model(ids).logits[0, :-1].float().log_softmax(1).gather(1, ids[0, 1:, None])
+        own.append(token_logps[1:].sum())
+    return torch.allclose(logps, torch.stack(own), rtol=1e-4 if model.dtype == torch.float32 else 2e-2)
 
 
 def load_sampler(path):
@@ -282,6 +292,36 @@ def score(chat, examples, budget, of=sso.pair_logps, name="scoring"):
 
 # ---- Sampling ------------------------------------------------------------------------------------
 
+def decode_static(chat, rows, seed, limit, how):
+    """New ids of N rows of prompt ids, all decoded together until the longest answer ends: N lists."""
+    width = max(map(len, rows))
+    input_ids = torch.full((len(rows), width), chat.pad_id)     # (N, T), padded on the left
+    attention_mask = torch.zeros_like(input_ids)                # (N, T)
+    for i, row in enumerate(rows):
+        input_ids[i, width - len(row):] = torch.tensor(row)
+        attention_mask[i, width - len(row):] = 1
+    torch.manual_seed(seed)
+    output = chat.model.generate(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device),
+                                 max_new_tokens=limit, **how)
+    return output[:, width:].tolist()
+
+
+def decode_continuously(chat, rows, seed, limit, how, **sizes):
+    """The same by transformers' continuous batching: a row whose answer ends makes room for another."""
+    config = GenerationConfig(eos_token_id=chat.stop_ids, pad_token_id=chat.pad_id, max_new_tokens=limit, **how)
+    outputs = chat.model.generate_batch(rows, generation_config=config, progress_bar=False,
+                                        continuous_batching_config=ContinuousBatchingConfig(seed=seed, **sizes))
+    if len(outputs) < len(rows) or any(output.error for output in outputs.values()):    # it logs and goes on
+        raise UserError("transformers' continuous batching gave up (its log says why); --batch-size sets how "
+                        "many queries it is given at once")
+    return [output.generated_tokens for output in outputs.values()]
+
+
+# A static batch waits for its longest answer: with real lengths most of its rows are idle. Where a step costs as
+# much as its rows, on the CPU, the saving is eaten by the bookkeeping. On CUDA a batch is many times batch_size.
+decode, BATCHES = (decode_continuously, 256) if device.type == "cuda" else (decode_static, 1)
+
+
 @torch.no_grad()
 def sample(chat, prompts, seed, s):
     """Sample a response to each of N prompts, lists of messages: N triples (text, finished, tokens)."""
@@ -291,19 +331,11 @@ def sample(chat, prompts, seed, s):
         text = max(zip(rows, prompts), key=lambda pair: len(pair[0]))[1][-1]["content"]
         raise UserError(f"a prompt of {width} tokens leaves no room in the model's context of {context}; "
                         f"it ends with {text[-60:]!r}")
-    input_ids = torch.full((len(rows), width), chat.pad_id)     # (N, T), padded on the left
-    attention_mask = torch.zeros_like(input_ids)                # (N, T)
-    for i, row in enumerate(rows):
-        input_ids[i, width - len(row):] = torch.tensor(row)
-        attention_mask[i, width - len(row):] = 1
-    torch.manual_seed(seed)
     how = {"do_sample": True, "temperature": s["temperature"], "top_p": s["top_p"], "top_k": 0}
     if not s["temperature"]:
         how = {"do_sample": False}
-    output = chat.model.generate(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device),
-                                 max_new_tokens=min(s["max_new_tokens"], context - width), **how)
     responses = []
-    for ids in output[:, width:].tolist():
+    for ids in decode(chat, rows, seed, min(s["max_new_tokens"], context - width), how):
         length = next((i for i, token in enumerate(ids) if token in chat.stop_ids), len(ids))
         text = chat.tokenizer.decode(ids[:length], skip_special_tokens=True,
                                      clean_up_tokenization_spaces=False)
@@ -314,7 +346,7 @@ def sample(chat, prompts, seed, s):
 def generate_file(out, records, make, s):
     """Make a record from each of `records` by `make(batch, seed)` -> (new records, tokens), a batch at a
     time, in OUT.partial; then write them to OUT in the order of the input, and return them."""
-    partial, size = Path(f"{out}.partial"), s["batch_size"]
+    partial, size = Path(f"{out}.partial"), s["batch_size"] * BATCHES
     lines = partial.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if partial.exists() else []
     lines = lines[:len(lines) // size * size]      # whole batches; the last line may be cut off, too
     write_text(partial, "".join(line + "\n" for line in lines))
@@ -422,6 +454,7 @@ HELP = {"seed": "of sampling, or of the order of the data", "batch_size": "queri
         "warmup": "share of the steps, then a cosine to zero", "clip": "largest gradient norm",
         "examples": "queries to train on, at most", "max_length": "tokens of prompt and response, at most",
         "micro_batch_tokens": "padded tokens at once: memory and speed, not the result",
+        "recompute_layers": "1: less memory, a third more time", "compile": "1: torch.compile",
         "objective": "rows of the pair table", "base": "L_base"}
 
 

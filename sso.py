@@ -9,11 +9,12 @@ Words. A *role* names a prompt and the response sampled under it:
 Shapes. B queries, R pairs a query (rows of the table PAIRS), N responses, T tokens a padded row,
 K response tokens of a batch, D hidden size, V vocabulary.
 
-What this file does not do: several turns, packing, chunked logits (the README lists all deviations).
+What this file does not do: several turns, packing of several pairs (the README lists all deviations).
 """
 
 import json
 import re
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class UserError(ValueError):
 
 # Schedule and weight decay are those of the released scripts.
 TRAINING = {"seed": 0, "epochs": 1, "weight_decay": 0.1, "warmup": 0.04, "clip": 1.0, "max_length": 4096,
-            "micro_batch_tokens": 4096}
+            "micro_batch_tokens": 4096, "recompute_layers": 0, "compile": 0}
 SETTINGS = {   # for a real model, the paper's except where it is said; toy.py has its own
     "principles": {"seed": 0, "batch_size": 16, "temperature": 0.7, "top_p": 0.8, "max_new_tokens": 256},   # ours
     "responses": {"seed": 0, "batch_size": 16, "temperature": 0.7, "top_p": 0.8, "max_new_tokens": 2048},
@@ -209,67 +210,136 @@ def encode_pairs(tokenizer, end_id, pairs, max_length):
 def micro_batches(examples, budget):
     """Group examples, each a list of R encoded pairs, so that a group holds at most `budget` padded tokens.
     Returns lists of indices into `examples`; those of like length come together."""
-    widths = [max(len(prompt) + max(len(winner), len(loser)) for prompt, winner, loser in example)
-              for example in examples]
+    widths = [max(sum(map(len, pair)) for pair in example) for example in examples]
     groups = [[]]
     for i in sorted(range(len(examples)), key=widths.__getitem__):     # so the last of a group is its widest
-        if groups[-1] and 2 * len(examples[i]) * (len(groups[-1]) + 1) * widths[i] > budget:
+        if groups[-1] and len(examples[i]) * (len(groups[-1]) + 1) * widths[i] > budget:
             groups.append([])
         groups[-1].append(i)
     return groups
 
 
-def right_pad(rows, pad_id):
-    """Right-pad N rows (prompt ids, response ids): input_ids (N, T), and a mask (N, T) true on responses."""
-    width = max(len(prompt) + len(response) for prompt, response in rows)
-    input_ids = torch.full((len(rows), width), pad_id)                   # (N, T)
-    response_mask = torch.zeros((len(rows), width), dtype=torch.bool)    # (N, T)
-    for i, (prompt, response) in enumerate(rows):
-        input_ids[i, :len(prompt) + len(response)] = torch.tensor(prompt + response)
-        response_mask[i, len(prompt):len(prompt) + len(response)] = True
-    return input_ids, response_mask
+# ---- 4. A pair is one row ------------------------------------------------------------------------
+
+PROMPT, WINNER, LOSER, PADDING = range(4)       # segments of a row
 
 
-# ---- 4. Log-probabilities ------------------------------------------------------------------------
-
-def response_logps(model, input_ids, response_mask):
-    """Log-probability of each response, log π(y|x), in nats, and its number of tokens: two (N,) tensors.
-
-    Sum and count come together, so that a mean can only be over response tokens, never over padding.
-    Right padding needs no attention mask: a causal model never looks to the right."""
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state   # (N, T, D)
-    scored = response_mask[:, 1:]                       # (N, T-1): position t predicts token t+1
-    # Only here does the vocabulary appear: all N·T positions of 8 x 1,024 tokens and Qwen's 151,936
-    # entries would be 5 GB in fp32; the K response tokens are usually a fraction of them.
-    logits = model.get_output_embeddings()(hidden[:, :-1][scored]).float()              # (K, V)
-    target_logits = logits.gather(1, input_ids[:, 1:][scored].unsqueeze(1)).squeeze(1)  # (K,)
-    token_logps = target_logits - logits.logsumexp(1)                                   # (K,)
-    per_position = token_logps.new_zeros(scored.shape).masked_scatter(scored, token_logps)  # (N, T-1)
-    return per_position.sum(1), scored.sum(1)           # (N,), (N,)
+class Rows(NamedTuple):
+    """N pairs, each a row [prompt | winner | loser | padding]: a tree, whose trunk is read once."""
+    input_ids: torch.Tensor     # (N, T)
+    position_ids: torch.Tensor  # (N, T); both responses start where the prompt ends
+    segments: torch.Tensor      # (N, T)
+    # Of the K response tokens, each winner before its loser, row by row:
+    sources: torch.Tensor       # (K,) the place in (N·T,) that predicts the token
+    targets: torch.Tensor       # (K,) the token
+    ends: torch.Tensor          # (2N,) the place in (N·T,) of the last token of each response
+    lengths: list               # 2N numbers of tokens
 
 
-def pad_pairs(examples, pad_id, device):
-    """B examples of R encoded pairs as 2·R·B rows, winners then losers: what `right_pad` returns."""
-    pairs = [pair for example in zip(*examples) for pair in example]                     # R·B, row by row
-    padded = right_pad([(prompt, winner) for prompt, winner, _ in pairs]
-                       + [(prompt, loser) for prompt, _, loser in pairs], pad_id)
-    return (tensor.to(device) for tensor in padded)
+def tree_rows(pairs, pad_id):
+    """`Rows` of N encoded pairs (prompt, winner, loser), padded on the right."""
+    width = max(sum(map(len, pair)) for pair in pairs)
+    input_ids = torch.full((len(pairs), width), pad_id)
+    position_ids, segments = torch.zeros_like(input_ids), torch.full_like(input_ids, PADDING)
+    sources, targets, ends, lengths = [], [], [], []
+    for i, (prompt, winner, loser) in enumerate(pairs):
+        p, w, l = len(prompt), len(winner), len(loser)
+        input_ids[i, :p + w + l] = torch.tensor(prompt + winner + loser)
+        position_ids[i, :p + w + l] = torch.tensor([*range(p + w), *range(p, p + l)])
+        segments[i, :p + w + l] = torch.tensor([PROMPT] * p + [WINNER] * w + [LOSER] * l)
+        fork = i * width + p - 1        # the prompt's last token predicts the first of both responses
+        sources += [fork, *range(fork + 1, fork + w), fork, *range(fork + w + 1, fork + w + l)]
+        targets += winner + loser
+        ends += [fork + w, fork + w + l]
+        lengths += [w, l]
+    return Rows(input_ids, position_ids, segments, *map(torch.tensor, (sources, targets, ends)), lengths)
+
+
+def tree_mask(segments):
+    """What each token sees of its row, (N, 1, T, T): the prompt and its own response, up to itself."""
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool, device=segments.device).tril()
+    return (causal & ((key == PROMPT) | (key == query)))[:, None]
+
+
+def read_pairs(model, examples, pad_id):
+    """Hidden states (N·T, D) of B examples of R encoded pairs, and their N = R·B `Rows`, on the device."""
+    rows = tree_rows([pair for example in zip(*examples) for pair in example], pad_id)
+    rows = Rows(*(part.to(model.device) for part in rows[:-1]), rows.lengths)
+    # A cache or a 2-D mask would make transformers ignore this layout, without a word.
+    hidden = model.base_model(input_ids=rows.input_ids, position_ids=rows.position_ids,
+                              attention_mask=tree_mask(rows.segments), use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1), rows
+
+
+# ---- 5. Log-probabilities ------------------------------------------------------------------------
+
+LOGIT_BYTES = 2**28     # of the logits that exist at a time: 441 rows of Qwen's 151,936 fp32 entries
+
+
+class TokenLogps(torch.autograd.Function):
+    """log p of K target tokens, (K,) in nats and fp32, from hidden states (K, D) and the output head (V, D).
+
+    With a vocabulary of 151,936, logits (K, V) would outweigh the model. They exist a chunk at a time, and are
+    computed again in the backward pass; but those of the last chunk are kept, for it comes first there. A library's
+    one call for -log p is F.linear_cross_entropy(hidden, head, targets, reduction="none"), torch >= 2.13."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets):
+        ctx.chunk = max(1, LOGIT_BYTES // (4 * len(head)))
+        matrix, target_logits, normalisers = head.to(hidden.dtype), [], []
+        for h, target in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk)):
+            logits = (h @ matrix.T).float()                                         # (chunk, V)
+            target_logits.append(logits.gather(1, target[:, None])[:, 0])           # (chunk,)
+            normalisers.append(logits.logsumexp(1))                                 # (chunk,)
+        ctx.logits, normalisers = logits, torch.cat(normalisers)
+        ctx.save_for_backward(hidden, head, targets, normalisers)
+        return torch.cat(target_logits) - normalisers
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):                                                        # (K,)
+        hidden, head, *rest = ctx.saved_tensors
+        matrix, d_hidden, d_head = head.to(hidden.dtype), [], torch.zeros_like(head)
+        chunks = zip(*(tensor.split(ctx.chunk) for tensor in (hidden, *rest, grad)))
+        for h, target, normaliser, g in reversed(list(chunks)):
+            logits = (h @ matrix.T).float() if ctx.logits is None else ctx.logits
+            ctx.logits = None
+            # d log p / d logits = one-hot(target) - softmax(logits), in the place of the logits
+            d = logits.sub_(normaliser[:, None]).exp_().mul_(-g[:, None])           # (chunk, V)
+            d = d.scatter_add_(1, target[:, None], g[:, None]).to(h.dtype)
+            d_hidden.insert(0, d @ matrix)
+            d_head.addmm_(d.T, h) if d.dtype == d_head.dtype else d_head.add_(d.T @ h)
+            del d, logits
+        return torch.cat(d_hidden), d_head, None
+
+
+def by_pair(values, examples):
+    """(2N,) values of winners and losers, row by row, as (2, R, B)."""
+    return values.view(-1, len(examples), 2).movedim(-1, 0)
 
 
 def pair_logps(model, examples, pad_id):
-    """Log-probs and tokens of B examples of R encoded pairs: two (2, R, B), winners then losers."""
-    logps, tokens = response_logps(model, *pad_pairs(examples, pad_id, model.device))
-    return logps.view(2, -1, len(examples)), tokens.view(2, -1, len(examples))           # (2, R, B)
+    """Log-probability of each response of B examples of R encoded pairs, log π(y|x), in nats, and its number
+    of tokens: two (2, R, B). Sum and count come together, so that a mean can only be over response tokens."""
+    hidden, rows = read_pairs(model, examples, pad_id)
+    hidden, kind = hidden.index_select(0, rows.sources), hidden.device.type                   # (K, D)
+    if torch.is_autocast_enabled(kind):         # which does not reach into a Function's backward pass
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    token_logps = TokenLogps.apply(hidden, model.get_output_embeddings().weight, rows.targets)     # (K,)
+    logps = torch.stack([response.sum() for response in token_logps.split(rows.lengths)])     # (2N,)
+    return by_pair(logps, examples), by_pair(torch.tensor(rows.lengths, device=logps.device), examples)
 
 
 def pair_rewards(model, examples, pad_id):
-    """Rewards r(x, y) of a sequence-classification model, and tokens, as `pair_logps` gives log-probs."""
-    input_ids, response_mask = pad_pairs(examples, pad_id, model.device)
-    rewards = model(input_ids, use_cache=False).logits.float()       # (N, 1), off the last unpadded token
-    return rewards.view(2, -1, len(examples)), response_mask.sum(1).view(2, -1, len(examples))   # (2, R, B)
+    """Rewards r(x, y) of a sequence-classification model, off the last token of each response, and tokens, as
+    `pair_logps` gives log-probs."""
+    hidden, rows = read_pairs(model, examples, pad_id)
+    rewards = model.score(hidden.index_select(0, rows.ends))[:, 0].float()                    # (2N,)
+    return by_pair(rewards, examples), by_pair(torch.tensor(rows.lengths, device=rewards.device), examples)
 
 
-# ---- 5. Losses -----------------------------------------------------------------------------------
+# ---- 6. Losses -----------------------------------------------------------------------------------
 
 # A base loss takes three (2, ...) tensors, winners and losers: log-probs of policy and of reference, tokens.
 # It returns losses (...) and detached implicit rewards (2, ...).

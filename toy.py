@@ -16,6 +16,8 @@ import random
 import re
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -238,11 +240,14 @@ def encode_chat(vocab, system, user, assistant):
 
 
 def batches(chats, size, rng):
-    """Shuffled batches of chats of like length, each (input_ids, response_mask) of shape (N, T)."""
+    """Shuffled batches of chats of like length, each (input_ids, labels) of shape (N, T), as transformers has them."""
     order = sorted(range(len(chats)), key=lambda i: (len(chats[i][0]) + len(chats[i][1]), rng.random()))
     groups = [order[i:i + size] for i in range(0, len(order), size)]
     rng.shuffle(groups)
-    return [sso.right_pad([chats[i] for i in group], pad_id=0) for group in groups]
+    ids = [torch.tensor(prompt + response) for prompt, response in chats]
+    labels = [torch.tensor([-100] * len(prompt) + response) for prompt, response in chats]
+    return [(pad_sequence([ids[i] for i in group], batch_first=True),
+             pad_sequence([labels[i] for i in group], batch_first=True, padding_value=-100)) for group in groups]
 
 
 def use_one_thread():
@@ -277,8 +282,10 @@ def build(out, seed=0, steps=3000, batch_size=64):
     for _ in bar:
         if not queue:
             queue = batches(chats, batch_size, rng)
-        sums, counts = sso.response_logps(model, *queue.pop())
-        loss = -sums.sum() / counts.sum()
+        input_ids, labels = queue.pop()
+        hidden = model.base_model(input_ids, use_cache=False).last_hidden_state[:, :-1]     # (N, T-1, D)
+        scored = labels[:, 1:] != -100      # position t predicts token t+1
+        loss = F.cross_entropy(model.lm_head(hidden[scored]), labels[:, 1:][scored])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -10,7 +10,7 @@ All stages are the one loop in `train`. Generator and policy differ in the rows 
 reward model's score comes off a head, and its loss is Bradley-Terry. `policy` and `reward` take any standard
 preference files. A folder with a config.json is complete; any other is continued by the same command.
 
-Simpler than the paper's set-up: one device, full fine-tuning, no packing, no evaluation during training.
+Simpler than the paper's set-up: one device, full fine-tuning, no evaluation during training.
 """
 
 import argparse
@@ -68,6 +68,17 @@ def make_optimizer(model, s):
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": s["weight_decay"]},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=s["lr"], fused=True)
+
+
+def spare(model, s):
+    """Save time by compiling, memory by computing the inside of layers again in the backward pass."""
+    if s["compile"]:
+        model.base_model.compile(dynamic=True)      # else it would compile anew for every width of a micro-batch
+    if s["recompute_layers"]:
+        newer, older = "activation_checkpointing_enable", "gradient_checkpointing_enable"      # before 5.23
+        getattr(model, newer if hasattr(model, newer) else older)({"use_reentrant": False})
+        for module in model.modules():              # transformers heeds it in training, which is dropout, too
+            module.training = hasattr(module, "gradient_checkpointing")
 
 
 def losses_of(chat, examples, ref_logps, s):
@@ -163,13 +174,6 @@ def save_model(chat, out):
     (out / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def check_disk(out, model):
-    """Refuse to start without room for the model and two checkpoints, each three times as large (AdamW)."""
-    needed, free = 7 * sum(p.nbytes for p in model.parameters()), shutil.disk_usage(out).free
-    if free < needed:
-        raise UserError(f"{out}: no disk space: {needed / 1e9:.2g} GB needed, {free / 1e9:.2g} GB free")
-
-
 # ---- The loop ------------------------------------------------------------------------------------
 
 def prepare(stage, model, data, out, s):
@@ -189,7 +193,10 @@ def prepare(stage, model, data, out, s):
     if len(data) > 1:                       # so that --examples takes some of every file
         random.Random(s["seed"]).shuffle(examples)
     generate.write_text(*note)
-    check_disk(out, chat.model)
+    # The model and two checkpoints, each three times as large (AdamW).
+    needed, free = 7 * sum(p.nbytes for p in chat.model.parameters()), shutil.disk_usage(out).free
+    if free < needed:
+        raise UserError(f"{out}: no disk space: {needed / 1e9:.2g} GB needed, {free / 1e9:.2g} GB free")
     for term, pair in zip(sso.PAIRS[rows], examples[0]):                    # show what is trained on
         prompt, winner, loser = (chat.tokenizer.decode(ids) for ids in pair)
         print(f"{term}: prompt {prompt!r} | winner {winner!r} | loser {loser!r}")
@@ -198,23 +205,22 @@ def prepare(stage, model, data, out, s):
 
 def step_zero(row, s):
     """What the loss is before the first update, when the policy is the reference: known for any data."""
-    if "base" not in s:
-        return f"loss at step zero: {row['loss']:.4f} (a random head: about ln 2 = {math.log(2):.4f})"
-    known = {"dpo": f"ln 2 = {math.log(2):.4f}", "ipo": f"1/(4β²) = {1 / (4 * s['beta'] ** 2):.4f}"}
-    return f"L_base at step zero: {row['base']:.4f} a pair ({known[s['base']]})"
+    known = {None: f"a random head: about ln 2 = {math.log(2):.4f}", "dpo": f"ln 2 = {math.log(2):.4f}",
+             "ipo": "1/(4β²)" + f" = {1 / (4 * s.get('beta', 1) ** 2):.4f}"}[s.get("base")]
+    return f"loss a pair at step zero: {row.get('base', row['loss']):.4f} ({known})"
 
 
 def train(stage, model, data, out, **given):
     """Train `model` on the pairs that a stage makes of `data`, a file or several: generator by L_SSO, policy
     by L_base, reward model by Bradley-Terry."""
-    s, out = generate.resolve(model, stage, given), Path(out)
-    data = data if isinstance(data, list) else [data]
+    s, out, data = generate.resolve(model, stage, given), Path(out), data if isinstance(data, list) else [data]
     if not (prepared := prepare(stage, model, data, out, s)):
         return
     chat, examples = prepared
+    spare(chat.model, s)
     terms, ref_logps = list(sso.PAIRS[s.get("objective", "policy")]), torch.zeros(2, 1, len(examples))
     if "base" in s:                                         # scored once; no reference model is kept
-        ref_logps = generate.score(chat, examples, s["micro_batch_tokens"], name="reference")[0]   # (2, R, N)
+        ref_logps = generate.score(chat, examples, 4 * s["micro_batch_tokens"], name="reference")[0]   # (2, R, N)
     optimizer = make_optimizer(chat.model, s)
     schedule = batches(len(examples), s["batch_size"], s["epochs"], s["seed"])
     done, saved = load_checkpoint(out, chat.model, optimizer), time.time()      # done: a number of steps
@@ -281,11 +287,10 @@ def start(a, base, folders):
         raise UserError(f"--iterations {len(folders)}: more rounds than the {len(queries)} queries to train on")
     settings = {name: getattr(a, name) for name in ("seed", "objective", "base", "iterations")}
     settings |= {} if a.model else {"toy_world": a.toy_world}
-    made_of = {name: getattr(a, name) for name in ("model", "queries", "principles", "principle_model")}
-    made_of = {name: path for name, path in made_of.items() if path}
+    names = ("model", "queries", "principles", "principle_model")
+    made_of = {name: getattr(a, name) for name in names if getattr(a, name)}
     files = {folder / "queries.jsonl": queries[i::len(folders)] for i, folder in enumerate(folders)}
-    files[Path(a.out, "heldout.jsonl")] = heldout
-    for file, prompts in files.items():
+    for file, prompts in (files | {Path(a.out, "heldout.jsonl"): heldout}).items():
         generate.write_once(file, settings, made_of, [{"prompt": prompt} for prompt in prompts])
     if not a.model and a.toy_world != "default":
         a.principles = Path(a.out, "written.jsonl")

@@ -117,7 +117,7 @@ def test_a_reward_model_learns_its_pairs_and_is_an_ordinary_folder(checkpoint, t
     train.train("reward", checkpoint, files, out, epochs=6, batch_size=10, lr=1e-2)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert len(rows) == 24 and rows[-1]["loss"] < min(0.1, rows[0]["loss"]) and rows[-1]["accuracy"] == 1
-    assert "loss at step zero" in "".join(capsys.readouterr())
+    assert "loss a pair at step zero" in "".join(capsys.readouterr())
     measures = evaluation.reward(out, test)
     assert measures["all"]["accuracy"]["mean"] == measures["average"]["accuracy"] == 1 and measures["a"]["pairs"] == 15
     # The rewards are what the saved folder gives to the chat template's text, with transformers alone.

@@ -107,6 +107,52 @@ def test_a_killed_command_continued_has_the_same_bytes(toy_base, tmp_path):
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
+SIZES = {"num_blocks": 64, "max_batch_tokens": 512, "max_requests_per_batch": 64}   # CUDA's are found by transformers
+
+
+@pytest.fixture
+def continuous(monkeypatch):
+    """What CUDA uses, on the CPU."""
+    monkeypatch.setattr(generate, "decode", lambda *args: generate.decode_continuously(*args, **SIZES))
+    monkeypatch.setattr(generate, "BATCHES", 2)
+
+
+def test_continuous_batching_answers_greedily_as_static_batches_do(toy_base, toy_data, continuous):
+    chat = generate.load_sampler(toy_base)
+    prompts = [r["prompt"] for r in generate.read_jsonl(toy_data / "principles.jsonl")]
+    s = {"temperature": 0.0, "top_p": 0.8, "max_new_tokens": 4}       # short, so that some are cut off
+    answers = generate.sample(chat, prompts, 0, s)
+    assert {finished for _, finished, _ in answers} == {True, False}
+    generate.decode = generate.decode_static        # the fixture puts it back
+    assert generate.sample(chat, prompts, 0, s) == answers
+
+
+def test_continuous_batching_has_the_same_seeds_and_the_same_resume(toy_base, toy_data, tmp_path, continuous, monkeypatch):
+    def run(out, **given):
+        generate.responses(toy_base, toy_data / "principles.jsonl", out, batch_size=8, **given)
+        return out.read_bytes()
+    whole = run(tmp_path / "a.jsonl")
+    assert run(tmp_path / "b.jsonl") == whole != run(tmp_path / "c.jsonl", seed=1)
+    calls, real = [], generate.sample
+    def interrupted(*args):
+        calls.append(len(args[1]))
+        if len(calls) == 5:         # in the second batch of 16
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(generate, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "d.jsonl")
+    assert calls == [16] * 5 and len((tmp_path / "d.jsonl.partial").read_text().splitlines()) == 16
+    assert run(tmp_path / "d.jsonl") == whole
+
+
+def test_continuous_batching_that_gives_up_is_an_error(toy_base, continuous, monkeypatch):
+    chat = generate.load_sampler(toy_base)
+    monkeypatch.setattr(chat.model, "generate_batch", lambda rows, **how: {})
+    with pytest.raises(sso.UserError, match="gave up"):
+        generate.sample(chat, CHATS[:1], 0, {"temperature": 0.7, "top_p": 0.8, "max_new_tokens": 4})
+
+
 def test_every_batch_and_every_seed_draws_anew(toy_base, tmp_path):
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "name three tools except : axe saw file"}] * 16)
     texts = {}

@@ -30,43 +30,111 @@ def naive_logp(model, prompt, response):
     return sum(torch.log(torch.softmax(logits[len(prompt) + i - 1], -1)[token]) for i, token in enumerate(response))
 
 
-def test_gathering_equals_loop_and_cross_entropy_in_value_and_gradient(loaded):
-    model, tokenizer, end_id = loaded.model, loaded.tokenizer, loaded.end_id
-    rows = [(prompt, response) for prompt, *both in encoded(tokenizer, end_id) for response in both]
-    input_ids, mask = sso.right_pad(rows, loaded.pad_id)
-    before = input_ids.clone(), mask.clone()
-    weights = torch.arange(1., len(rows) + 1)                # so that a swap of rows would show
-    gradients = []
-    sums, counts = sso.response_logps(model, input_ids, mask)
-    assert (counts.tolist() == [len(response) for _, response in rows]) and sums.dtype == torch.float32
-    loop = torch.stack([naive_logp(model, *row) for row in rows])
-    logits = model(input_ids).logits[:, :-1]
-    entropy = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none") * mask[:, 1:]
-    for logps in (sums, loop, -entropy.sum(1)):
-        torch.testing.assert_close(logps.float(), sums, rtol=1e-5, atol=1e-4)
-        gradients.append(torch.autograd.grad((weights * logps).sum(), list(model.parameters())))
-    for other in gradients[1:]:
-        for a, b in zip(gradients[0], other):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-    assert torch.equal(before[0], input_ids) and torch.equal(before[1], mask)
+def loss_of(logps):
+    """A number that a swap of responses, rows or examples would change."""
+    return (torch.arange(1., logps.numel() + 1).view_as(logps) * logps).sum()
+
+
+@pytest.mark.parametrize("logit_bytes", [2**28, 4 * 7 * 300])     # all response tokens in one chunk, and in many
+def test_a_row_of_the_tree_equals_separate_sequences_in_value_and_gradient(loaded, logit_bytes, monkeypatch):
+    """Against a Python loop over unpadded sequences, and against F.cross_entropy over right-padded ones."""
+    model, pad_id = loaded.model, loaded.pad_id
+    monkeypatch.setattr(sso, "LOGIT_BYTES", logit_bytes)
+    examples = [encoded(loaded.tokenizer, loaded.end_id), [pair[::2] + pair[1:2] for pair in encoded(
+        loaded.tokenizer, loaded.end_id)], [([5, 6, 7], [8], [9, 10])] * 2]         # of all lengths, a token even
+    sums, counts = sso.pair_logps(model, examples, pad_id)
+    assert sums.shape == (2, 2, 3) and sums.dtype == torch.float32
+    loop, entropy = torch.zeros_like(sums, dtype=torch.float64), torch.zeros_like(sums)
+    for b, example in enumerate(examples):
+        for r, (prompt, *both) in enumerate(example):
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt + y) for y in both], batch_first=True)
+            logits = model(ids).logits[:, len(prompt) - 1:-1]
+            for side, response in enumerate(both):
+                assert counts[side, r, b] == len(response)
+                loop[side, r, b] = naive_logp(model, prompt, response)
+                entropy[side, r, b] = -F.cross_entropy(logits[side, :len(response)], torch.tensor(response), reduction="sum")
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss_of(sums), parameters)
+    for other in (loop, entropy):
+        assert ((other - sums) / other).abs().max() < 1e-5
+        for a, b in zip(gradients, torch.autograd.grad(loss_of(other), parameters)):
+            assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("spoil", ["use_cache", "2-D mask", "positions"])
+def test_what_makes_transformers_ignore_the_layout_is_seen(loaded, spoil, monkeypatch):
+    """The test above is not blind, nor is the check at loading: with the layout lost, both fail."""
+    forward, pair = loaded.model.base_model.forward, [encoded(loaded.tokenizer, loaded.end_id)]
+    right = sso.pair_logps(loaded.model, pair, loaded.pad_id)[0]
+
+    def spoiled(input_ids, position_ids, attention_mask, use_cache):
+        assert not use_cache and attention_mask.dtype == torch.bool and attention_mask.ndim == 4
+        if spoil == "use_cache":        # as a model with a cache would be called: the mask does not go along
+            return forward(input_ids=input_ids, position_ids=position_ids, use_cache=True)
+        if spoil == "2-D mask":
+            attention_mask = torch.ones_like(input_ids)
+        return forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+                       position_ids=None if spoil == "positions" else position_ids)
+    monkeypatch.setattr(loaded.model.base_model, "forward", spoiled)
+    wrong = sso.pair_logps(loaded.model, pair, loaded.pad_id)[0]
+    assert torch.allclose(wrong[0], right[0], rtol=1e-5) and ((wrong[1] - right[1]) / right[1]).abs().max() > 1e-4
+
+
+def test_the_mask_shows_each_token_the_prompt_and_its_own_response():
+    rows = sso.tree_rows([([1, 2], [3, 4], [5]), ([6], [7], [8])], pad_id=0)
+    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]
+    assert rows.position_ids[0].tolist() == [0, 1, 2, 3, 2] and rows.position_ids[1, :3].tolist() == [0, 1, 1]
+    sees = [[rows.input_ids[i][seen].tolist() for seen in sso.tree_mask(rows.segments)[i, 0]] for i in range(2)]
+    assert sees[0] == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 5]] and sees[1][:3] == [[6], [6, 7], [6, 8]]
+    assert rows.targets.tolist() == [3, 4, 5, 7, 8] and rows.lengths == [2, 1, 1, 1]
+    flat = rows.input_ids.flatten()
+    assert flat[rows.sources].tolist() == [2, 3, 2, 6, 6] and flat[rows.ends].tolist() == [4, 5, 7, 8]
+
+
+def test_the_head_equals_autograd_and_the_library_in_a_low_precision_too(monkeypatch):
+    """Values and gradients of TokenLogps against log_softmax under autograd, under bf16 autocast within its rounding."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(50, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
+    targets, g = torch.randint(97, (50,)), torch.randn(50)
+    monkeypatch.setattr(sso, "LOGIT_BYTES", 4 * 97 * 12)        # five chunks, the last of two rows
+    expected = (hidden @ head.T).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    wanted = torch.autograd.grad((g * expected).sum(), [hidden, head])
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        logps = sso.TokenLogps.apply(hidden.to(dtype), head, targets)
+        got = torch.autograd.grad((g * logps).sum(), [hidden, head])
+        assert logps.dtype == got[1].dtype == torch.float32
+        for a, b in zip((logps, *got), (expected, *wanted)):
+            assert (a - b).norm() < tolerance * b.norm()
+    if hasattr(F, "linear_cross_entropy"):
+        torch.testing.assert_close(-F.linear_cross_entropy(hidden, head, targets, reduction="none"), expected)
 
 
 def test_padding_and_company_do_not_change_a_logp(loaded):
-    model, tokenizer, end_id = loaded.model, loaded.tokenizer, loaded.end_id
-    rows = [(prompt, response) for prompt, *both in encoded(tokenizer, end_id) for response in both]
-    together, _ = sso.response_logps(model, *sso.right_pad(rows + [(rows[0][0] * 5, rows[0][1])], loaded.pad_id))
-    for i, row in enumerate(rows):
-        alone, _ = sso.response_logps(model, *sso.right_pad([row], loaded.pad_id))
-        torch.testing.assert_close(alone[0], together[i], rtol=1e-5, atol=1e-4)
+    pair = encoded(loaded.tokenizer, loaded.end_id)
+    alone = sso.pair_logps(loaded.model, [pair], loaded.pad_id)[0][..., 0]
+    together = sso.pair_logps(loaded.model, [pair, [(pair[0][0] * 5, *pair[0][1:])] * 2], loaded.pad_id)[0][..., 0]
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-4)
 
 
-def test_the_vocabulary_is_reached_by_response_tokens_only(loaded):
-    model, tokenizer, end_id = loaded.model, loaded.tokenizer, loaded.end_id
-    seen = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:-1].numel()))
-    _, tokens = sso.pair_logps(model, [encoded(tokenizer, end_id)] * 2, loaded.pad_id)
-    hook.remove()
-    assert seen == [tokens.sum().item()]
+def test_the_vocabulary_is_reached_by_response_tokens_only_a_chunk_at_a_time(loaded, monkeypatch):
+    """Every matrix product with the head: one a chunk forward, and recomputed in all chunks but the last."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    vocabulary, chunk, heights = loaded.model.get_output_embeddings().weight.shape[0], 20, []
+    monkeypatch.setattr(sso, "LOGIT_BYTES", 4 * vocabulary * chunk)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.mm.default and out.shape[-1] == vocabulary:
+                heights.append(out.shape[0])
+            return out
+    with Watch():
+        logps, tokens = sso.pair_logps(loaded.model, [encoded(loaded.tokenizer, loaded.end_id)] * 2, loaded.pad_id)
+        whole, rest = divmod(tokens.sum().item(), chunk)
+        assert rest and heights == [chunk] * whole + [rest]
+        logps.sum().backward()
+    assert heights[whole + 1:] == [chunk] * whole
+    loaded.model.zero_grad()
 
 
 def test_what_is_supervised_is_the_response_and_one_end_of_turn_token(loaded):
@@ -74,8 +142,8 @@ def test_what_is_supervised_is_the_response_and_one_end_of_turn_token(loaded):
     end = tokenizer.decode([end_id])
     assert end in ("<|im_end|>", "<|eot_id|>")
     prompt, winner, loser = encoded(tokenizer, end_id)[0]
-    input_ids, mask = sso.right_pad([(prompt, winner), (prompt, loser)], loaded.pad_id)
-    supervised = [tokenizer.decode(ids[m]) for ids, m in zip(input_ids, mask)]
+    rows = sso.tree_rows([(prompt, winner, loser)], loaded.pad_id)
+    supervised = [tokenizer.decode(ids) for ids in rows.targets.split(rows.lengths)]
     assert supervised == ["A plum." + end, "Something that grows, I think, on a tr"]
     assert tokenizer.decode(prompt).endswith({"qwen2": "<|im_start|>assistant\n", "qwen3": "</think>\n\n",
                                               "llama": "assistant<|end_header_id|>\n\n"}[model.config.model_type])
@@ -223,8 +291,8 @@ def test_micro_batches_hold_every_example_once_within_the_budget():
     groups = sso.micro_batches(examples, budget=200)
     assert sorted(i for group in groups for i in group) == list(range(8)) and len(groups) > 2
     for group in groups:
-        width = max(len(p) + max(len(w), len(l)) for i in group for p, w, l in examples[i])
-        assert len(group) == 1 or 2 * 2 * len(group) * width <= 200
+        width = max(len(p) + len(w) + len(l) for i in group for p, w, l in examples[i])
+        assert len(group) == 1 or 2 * len(group) * width <= 200
 
 
 @pytest.mark.parametrize("answer, expected", [

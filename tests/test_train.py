@@ -61,6 +61,44 @@ def test_the_whole_training_does_not_depend_on_the_micro_batch_size(toy_base, to
     assert_same_weights(tmp_path / "600", tmp_path / "1000000", atol=1e-6)
 
 
+def test_layers_computed_again_give_the_same_gradient_from_fewer_activations(checkpoint):
+    """Fewer bytes are saved for the backward pass, no dropout is turned on, and nothing else changes."""
+    chat = generate.load_chat(checkpoint)
+    examples = [[([5] * 30, [6, 7] * 20, [8] * 25)]] * 3
+    gradients, saved = [], []
+    for on in (0, 1):
+        train.spare(chat.model, {"compile": 0, "recompute_layers": on})
+        chat.model.zero_grad()
+        saved.append(0)
+        def pack(tensor):
+            saved[-1] += tensor.nbytes
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logps = sso.pair_logps(chat.model, examples, chat.pad_id)[0]
+        (logps * torch.arange(1., 7).view_as(logps)).sum().backward()
+        gradients.append([p.grad.clone() for p in chat.model.parameters()])
+    assert saved[1] < 0.6 * saved[0]
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert not any(module.training for module in chat.model.modules() if not hasattr(module, "gradient_checkpointing"))
+
+
+def test_compiled_layers_train_the_same_policy_and_are_not_compiled_for_every_width(toy_base, toy_data, tmp_path, monkeypatch):
+    """With a backend that needs no C++ compiler: what dynamo makes of the model, and how often."""
+    compile, made = torch.nn.Module.compile, []
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(self, backend=backend, **how))
+    widths, read = set(), sso.tree_mask
+    monkeypatch.setattr(sso, "tree_mask", lambda segments: widths.add(segments.shape) or read(segments))
+    for on in (0, 1):
+        train.train("policy", toy_base, toy_data / "responses.jsonl", tmp_path / str(on), compile=on, epochs=1, lr=1e-4,
+                    batch_size=16, micro_batch_tokens=600)
+    assert_same_weights(tmp_path / "0", tmp_path / "1", atol=1e-6)
+    assert len(widths) > 5 and 0 < len(made) <= 8
+
+
 def test_reference_is_every_examples_logp_before_training(toy_base, toy_data):
     chat = generate.load_chat(toy_base)
     _, examples, _ = generate.read_pairs(toy_data / "responses.jsonl", "sso", chat, 256)
@@ -130,7 +168,7 @@ def test_weight_decay_is_on_matrices_only(toy_base):
 def test_step_zero_is_printed_and_every_step_logged(toy_base, toy_data, tmp_path, capsys):
     train.train("generator", toy_base, toy_data / "responses.jsonl", tmp_path / "g", batch_size=16, epochs=1)
     printed, rows = "".join(capsys.readouterr()), log(tmp_path / "g")
-    assert "L_base at step zero: 0.6931 a pair" in printed and "L-: prompt '<|im_start|> system" in printed
+    assert "loss a pair at step zero: 0.6931 (ln 2" in printed and "L-: prompt '<|im_start|> system" in printed
     assert [row["step"] for row in rows] == list(range(len(rows))) and len(rows) == 3
     assert {"loss", "loss L+", "loss L-", "base", "sft", "chosen_rewards", "rejected_rewards", "margin", "accuracy",
             "chosen_logps", "rejected_logps", "lr", "grad_norm", "tokens_per_second"} <= rows[0].keys()

@@ -210,7 +210,7 @@ def test_the_first_command_of_the_readme(default_run):
     process, folder = default_run                   # started when the session started: it takes minutes
     assert process.wait() == 0, (folder / "stderr").read_text()[-2000:]
     printed, report = (folder / "stdout").read_text(), json.loads((folder / "runs/toy/report.json").read_text())
-    assert re.search(r"\n\| SSO +\| \d+ +\|", printed) and "L_base at step zero: 0.6931" in printed
+    assert re.search(r"\n\| SSO +\| \d+ +\|", printed) and "loss a pair at step zero: 0.6931" in printed
     quality = {name: row["quality"]["mean"] for name, row in report.items()}
     assert quality["SSO"] > quality["PBAA"] > quality["base"]
     assert report["SSO"]["p(rejected)"]["mean"] > 1.5 * report["PBAA"]["p(rejected)"]["mean"]
