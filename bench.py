@@ -62,13 +62,13 @@ def load(name, layers):
 def workload(n, chat, seed):
     """n queries, each {"prompt": {role: ids}, "response": {role: ids}}, of random tokens; shorter for a toy."""
     rng, shrink = random.Random(seed), min(1, chat.context / 5000)
-    response = lambda u: min(2048, math.exp(statistics.NormalDist(5.274, 0.7034).inv_cdf(u)))
-    quantiles = [lambda u: 50 + 350 * u] + 2 * [lambda u: 100 + 100 * u] + 3 * [response]
-    sizes = [rng.sample([quantile((i + 0.5) / n) for i in range(n)], n) for quantile in quantiles]
+    def lengths(count, quantile):
+        return rng.sample([math.ceil(shrink * quantile((i + 0.5) / count)) for i in range(count)], count)
+    x, principles = lengths(n, lambda u: 50 + 350 * u), lengths(2 * n, lambda u: 100 + 100 * u)
+    y = lengths(3 * n, lambda u: min(2048, math.exp(statistics.NormalDist(5.274, 0.7034).inv_cdf(u))))
     queries = []
-    for row in zip(*sizes):
-        x, good, bad, *responses = ([rng.randrange(chat.model.config.vocab_size) for _ in range(math.ceil(
-            shrink * size))] for size in row)
+    for row in zip(x, principles[:n], principles[n:], y[:n], y[n:2 * n], y[2 * n:]):
+        x, good, bad, *responses = ([rng.randrange(chat.model.config.vocab_size) for _ in range(size)] for size in row)
         queries.append({"prompt": {"original": x, "good": good + x, "bad": bad + x},
                         "response": dict(zip(("good", "bad", "original"), responses))})
     return queries
@@ -178,8 +178,8 @@ def peak_flops():
     return 2 * size ** 3 / min(timed(lambda: a @ a) for _ in range(10))
 
 
-def measure(works, repeats):
-    """{name: (work, tokens)} -> {name: row}: the first run of each is for FLOPs and memory, the others take turns."""
+def measure(works, repeats, unit="tokens"):
+    """{name: (work, units)} -> {name: row}: the first run of each is for FLOPs and memory, the others take turns."""
     rows, times, peak = {}, {name: [] for name in works}, peak_flops()
     for name, (work, _) in works.items():
         counter = FlopCounterMode(display=False, custom_mapping=COUNTED)
@@ -190,9 +190,9 @@ def measure(works, repeats):
         for name, (work, _) in works.items():
             times[name].append(timed(work))
     first = statistics.median(next(iter(times.values())))
-    for name, (_, tokens) in works.items():
+    for name, (_, units) in works.items():
         seconds = statistics.median(times[name])
-        rows[name] = {"ms": round(1000 * seconds), "ratio": seconds / first, "tokens/s": round(tokens / seconds),
+        rows[name] = {"ms": round(1000 * seconds), "ratio": seconds / first, f"{unit}/s": units / seconds,
                       "share of peak": 1e12 * rows[name]["TFLOP"] / seconds / peak} | rows[name]
     print(f"a large matrix product: {peak / 1e12:.3g} TFLOP/s\n")
     return rows
@@ -293,6 +293,8 @@ def peer(chat, steps, s, micro_batch, between, completion_only=True):
 
 def beside_trl(a, s, n):
     """Fail unless both give the same losses over five steps with γ = 0; then {name: seconds} of both, in turns."""
+    if 2 * n % 4:
+        raise sso.UserError("--queries: TRL needs an even number, to try micro-batches of 1, 2 and 4 pairs")
     plain = s | {"gamma": 0.0, "lr": 1e-4, "clip": 1e9}
     chat = load(a.model, a.layers)
     steps = [encoded([query], "sso") for query in workload(5, chat, a.seed)]
@@ -307,7 +309,7 @@ def beside_trl(a, s, n):
         raise sso.UserError("the losses differ: the comparison is worth nothing")
     examples, rows = encoded(workload(n, chat, a.seed), "sso"), {}
     step, times = make_step(chat, optimizer, examples, s), []
-    best = min((peer(chat_ := load(a.model, a.layers), [examples], s, m, lambda: None)[0][0], m) for m in (1, 2, 4))[1]
+    best = min((peer(load(a.model, a.layers), [examples], s, m, lambda: None)[0][0], m) for m in (1, 2, 4))[1]
     seconds, _ = peer(load(a.model, a.layers), [examples] * a.repeats, s, best, lambda: times.append(timed(step)))
     default, _ = peer(load(a.model, a.layers), [examples], s, best, lambda: None, completion_only=False)
     rows["generator step"] = statistics.median(times)
@@ -336,7 +338,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="qwen2.5-0.5b", metavar="M", help=f"checkpoint, or {', '.join(SHAPES)}")
     parser.add_argument("--layers", type=int, default=2, metavar="N", help="of a named shape (2; 0: all)")
-    parser.add_argument("--queries", type=int, default=4, metavar="N", help="of a step (4)")
+    parser.add_argument("--queries", type=int, default=2, metavar="N", help="of a step (2)")
     parser.add_argument("--answers", type=int, default=16, metavar="N", help="to sample (16)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each measurement (3)")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, metavar="N", help="padded tokens at once (4096)")
@@ -351,9 +353,9 @@ def main():
     chat = load(a.model, a.layers)
     if a.memory:
         return print_table(memory(chat), ["extra GiB"])
-    columns = ["ms", "ratio", "tokens/s", "TFLOP", "share of peak", "extra GiB"]
-    print_table(measure(training(chat, a.queries, s, a.seed), a.repeats), columns)
-    print_table(measure(sampling(chat, a.answers, a.seed), a.repeats), columns)
+    for works, unit in ((training(chat, a.queries, s, a.seed), "response tokens"),
+                        (sampling(chat, a.answers, a.seed), "answers")):
+        print_table(measure(works, a.repeats, unit), ["ms", "ratio", f"{unit}/s", "TFLOP", "share of peak", "extra GiB"])
 
 
 if __name__ == "__main__":

@@ -239,9 +239,9 @@ def load_chat(path, dtype=torch.float32, of=AutoModelForCausalLM):
     pad_id = next(i for i in known if i not in (None, end_id))
     if of is REWARD:
         model.config.pad_token_id = pad_id
-    # A row of the pair table has one mask for all layers. Within a window's length the two are the same.
-    window = getattr(model.config, "sliding_window", None) if getattr(model.config, "layer_types", None) and (
-        "sliding_attention" in model.config.layer_types) else None
+    # Layers with a sliding window get the same mask as the others, which is the same within a window.
+    slides = "sliding_attention" in (getattr(model.config, "layer_types", None) or ["sliding_attention"])
+    window = slides and getattr(model.config, "sliding_window", None)
     context = min(getattr(model.config, "max_position_embeddings", 2**30), window or 2**30)
     if of is not REWARD and not reads_trees(model):
         raise UserError(f"model {path}: it does not read a pair as one row (its attention ignores a mask, or it "

@@ -95,9 +95,8 @@ def losses_of(chat, examples, ref_logps, s):
 
 
 def accumulate_gradient(chat, batch, ref_logps, s):
-    """Forward and backward of B examples, whose ref_logps are (2, R, B), in micro-batches. The loss is the
-    mean over the batch, so the split changes nothing. Returns the parts of the loss and the tokens, each
-    (R, B)."""
+    """Forward and backward of B examples, whose ref_logps are (2, R, B), in micro-batches; the loss is the mean
+    over the batch, so the split changes nothing. Returns the parts of the loss and the tokens, each (R, B)."""
     parts = []
     for group in sso.micro_batches(batch, s["micro_batch_tokens"]):         # b of the B
         losses, part = losses_of(chat, [batch[i] for i in group], ref_logps[:, :, group], s)
@@ -211,8 +210,7 @@ def step_zero(row, s):
 
 
 def train(stage, model, data, out, **given):
-    """Train `model` on the pairs that a stage makes of `data`, a file or several: generator by L_SSO, policy
-    by L_base, reward model by Bradley-Terry."""
+    """Train `model` on the pairs of `data`, a file or several, by the stage's loss: L_SSO, L_base, Bradley-Terry."""
     s, out, data = generate.resolve(model, stage, given), Path(out), data if isinstance(data, list) else [data]
     if not (prepared := prepare(stage, model, data, out, s)):
         return
@@ -239,8 +237,7 @@ def train(stage, model, data, out, **given):
                 save_checkpoint(out, step, chat.model, optimizer)
                 saved = time.time()
             row["lr"] = learning_rate(step, len(schedule), s["lr"], s["warmup"])
-            for group in optimizer.param_groups:
-                group["lr"] = row["lr"]
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = row["lr"]
             with uninterrupted(), (out / "log.jsonl").open("a") as log:
                 optimizer.step()
                 row["tokens_per_second"] = parts["tokens"].sum().item() / (time.time() - began)
@@ -363,14 +360,12 @@ def main():
     for name in ("principles", "responses", "generator", "policy"):
         generate.add_settings(parser, name, prefix=f"--{name}.")
     args = parser.parse_args()
-    if (args.model is None) != (args.queries is None):
-        parser.error("--model and --queries go together; with neither, the toy world is used")
-    if sum(map(bool, (args.principles, args.principle_model, args.toy_world != "default"))) > 1:
-        parser.error("--principles, --principle-model and --toy-world exclude each other")
-    if args.model and args.toy_world != "default":
-        parser.error("--toy-world is for the toy world, without --model")
-    if args.iterations < 1:
-        parser.error("--iterations is at least 1")
+    sources = [args.principles, args.principle_model, args.toy_world != "default"]
+    for wrong, why in ((bool(args.model) != bool(args.queries), "--model and --queries go together; with neither: the toy"),
+                       (sum(map(bool, sources)) > 1, "--principles, --principle-model, --toy-world exclude each other"),
+                       (args.model and sources[2], "--toy-world is for the toy world, without --model"),
+                       (args.iterations < 1, "--iterations is at least 1")):
+        parser.error(why) if wrong else None
     pipeline(args)
 
 

@@ -16,7 +16,7 @@ import generate
 import sso
 import toy
 import train
-from conftest import ROOT, command, make_checkpoint, make_tokenizer, write_jsonl
+from conftest import ROOT, command, make_checkpoint, write_jsonl
 
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12}
 CHATS = [[{"role": "user", "content": text}] for text in ("Hi", "Name a fruit that is not a plum, please.", "Why?")]
@@ -283,6 +283,17 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path):
                                      intermediate_size=48, logits_scaling=3.0)).save_pretrained(path)
     with pytest.raises(sso.UserError, match="changes its logits after the output head"):
         generate.load_chat(path)
+
+
+def test_rows_end_where_a_sliding_window_would_begin_to_matter(tmp_path):
+    """One mask for all layers is exact only within the window."""
+    from transformers import MistralConfig, MistralForCausalLM
+    path = make_checkpoint(tmp_path / "mistral", "qwen3")
+    small = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                 intermediate_size=48, max_position_embeddings=500)
+    for window, context in ((90, 90), (None, 500)):
+        MistralForCausalLM(MistralConfig(**small, sliding_window=window)).save_pretrained(path)
+        assert generate.load_chat(path).context == context
 
 
 def test_a_prompt_longer_than_the_context(tmp_path):
