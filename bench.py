@@ -189,7 +189,7 @@ def measure(works, repeats, unit="tokens"):
     for _ in range(repeats):
         for name, (work, _) in works.items():
             times[name].append(timed(work))
-    first = statistics.median(next(iter(times.values())))
+    first = statistics.median(next(iter(times.values()), [0]))
     for name, (_, units) in works.items():
         seconds = statistics.median(times[name])
         rows[name] = {"ms": round(1000 * seconds), "ratio": seconds / first, f"{unit}/s": units / seconds,
@@ -320,6 +320,8 @@ def beside_trl(a, s, n):
 
 def memory(chat):
     """Peak bytes of forward and backward of one pair, above weights and gradients, for each way to the log-probs."""
+    if not CUDA:        # every tensor in pages of its own, given back at once: what the process holds is what is in use
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**17)
     ids = [random.Random(0).randrange(chat.model.config.vocab_size) for _ in range(2500)]
     examples, rows = [[(ids[:1500], ids[1500:2000], ids[2000:])]], {}
     def run():
@@ -339,7 +341,7 @@ def main():
     parser.add_argument("--model", default="qwen2.5-0.5b", metavar="M", help=f"checkpoint, or {', '.join(SHAPES)}")
     parser.add_argument("--layers", type=int, default=2, metavar="N", help="of a named shape (2; 0: all)")
     parser.add_argument("--queries", type=int, default=2, metavar="N", help="of a step (2)")
-    parser.add_argument("--answers", type=int, default=16, metavar="N", help="to sample (16)")
+    parser.add_argument("--answers", type=int, default=16, metavar="N", help="to sample; 0: none (16)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each measurement (3)")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, metavar="N", help="padded tokens at once (4096)")
     parser.add_argument("--vs", choices=["trl"], help="beside this peer, instead")
@@ -354,7 +356,7 @@ def main():
     if a.memory:
         return print_table(memory(chat), ["extra GiB"])
     for works, unit in ((training(chat, a.queries, s, a.seed), "response tokens"),
-                        (sampling(chat, a.answers, a.seed), "answers")):
+                        (sampling(chat, a.answers, a.seed) if a.answers else {}, "answers")):
         print_table(measure(works, a.repeats, unit), ["ms", "ratio", f"{unit}/s", "TFLOP", "share of peak", "extra GiB"])
 
 

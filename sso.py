@@ -274,7 +274,7 @@ def read_pairs(model, examples, pad_id):
 
 # ---- 5. Log-probabilities ------------------------------------------------------------------------
 
-LOGIT_BYTES = 2**28     # of the logits that exist at a time: 441 rows of Qwen's 151,936 fp32 entries
+LOGIT_BYTES = 5 * 2**26     # of the logits that exist at a time: 552 rows of Qwen's 151,936 fp32 entries
 
 
 class TokenLogps(torch.autograd.Function):
@@ -286,9 +286,10 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, targets):
-        ctx.chunk = max(1, LOGIT_BYTES // (4 * len(head)))
+        chunk = max(1, LOGIT_BYTES // (4 * len(head)))
+        ctx.sizes = [len(targets) % chunk] + [chunk] * (len(targets) // chunk)      # the last is full, if any is
         matrix, target_logits, normalisers = head.to(hidden.dtype), [], []
-        for h, target in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk)):
+        for h, target in zip(hidden.split(ctx.sizes), targets.split(ctx.sizes)):
             logits = (h @ matrix.T).float()                                         # (chunk, V)
             target_logits.append(logits.gather(1, target[:, None])[:, 0])           # (chunk,)
             normalisers.append(logits.logsumexp(1))                                 # (chunk,)
@@ -301,7 +302,7 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx, grad):                                                        # (K,)
         hidden, head, *rest = ctx.saved_tensors
         matrix, d_hidden, d_head = head.to(hidden.dtype), [], torch.zeros_like(head)
-        chunks = zip(*(tensor.split(ctx.chunk) for tensor in (hidden, *rest, grad)))
+        chunks = zip(*(tensor.split(ctx.sizes) for tensor in (hidden, *rest, grad)))
         for h, target, normaliser, g in reversed(list(chunks)):
             logits = (h @ matrix.T).float() if ctx.logits is None else ctx.logits
             ctx.logits = None

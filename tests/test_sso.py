@@ -131,9 +131,9 @@ def test_the_vocabulary_is_reached_by_response_tokens_only_a_chunk_at_a_time(loa
     with Watch():
         logps, tokens = sso.pair_logps(loaded.model, [encoded(loaded.tokenizer, loaded.end_id)] * 2, loaded.pad_id)
         whole, rest = divmod(tokens.sum().item(), chunk)
-        assert rest and heights == [chunk] * whole + [rest]
+        assert rest and heights == [rest] + [chunk] * whole
         logps.sum().backward()
-    assert heights[whole + 1:] == [chunk] * whole
+    assert heights[whole + 1:] == [chunk] * (whole - 1) + [rest]
     loaded.model.zero_grad()
 
 
