@@ -12,6 +12,7 @@ log-normal of mean 250 and sd 200, 2,048 at most. Repeats of all rows take turns
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import math
 import random
@@ -61,14 +62,14 @@ def load(name, layers):
 
 def workload(n, chat, seed):
     """n queries, each {"prompt": {role: ids}, "response": {role: ids}}, of random tokens; shorter for a toy."""
-    rng, shrink = random.Random(seed), min(1, chat.context / 5000)
+    rng, shrink, vocabulary = random.Random(seed), min(1, chat.context / 5000), chat.model.config.vocab_size
     def lengths(count, quantile):
         return rng.sample([math.ceil(shrink * quantile((i + 0.5) / count)) for i in range(count)], count)
     x, principles = lengths(n, lambda u: 50 + 350 * u), lengths(2 * n, lambda u: 100 + 100 * u)
     y = lengths(3 * n, lambda u: min(2048, math.exp(statistics.NormalDist(5.274, 0.7034).inv_cdf(u))))
     queries = []
     for row in zip(x, principles[:n], principles[n:], y[:n], y[n:2 * n], y[2 * n:]):
-        x, good, bad, *responses = ([rng.randrange(chat.model.config.vocab_size) for _ in range(size)] for size in row)
+        x, good, bad, *responses = ([rng.randrange(vocabulary) for _ in range(size)] for size in row)
         queries.append({"prompt": {"original": x, "good": good + x, "bad": bad + x},
                         "response": dict(zip(("good", "bad", "original"), responses))})
     return queries
@@ -107,7 +108,8 @@ autograd = SimpleNamespace(apply=lambda hidden, head, targets: (
     hidden @ head.T.to(hidden.dtype)).float().log_softmax(1).gather(1, targets[:, None])[:, 0])
 library = SimpleNamespace(apply=lambda hidden, head, targets: -F.linear_cross_entropy(
     hidden, head.to(hidden.dtype), targets, reduction="none"))
-WITHOUT = {"prompt read twice": {"pair_logps": prompt_twice}, "logits of every position": {"pair_logps": every_position},
+WITHOUT = {"prompt read twice": {"pair_logps": prompt_twice},
+           "logits of every position": {"pair_logps": every_position},
            "response logits by autograd": {"TokenLogps": autograd}, "one query at a time": {"micro_batches": alone}}
 
 
@@ -126,8 +128,8 @@ def authors_scheme(chat, examples, s):
     prompts is a padded batch of its own, in policy and reference; all logits. `examples` are of the rows "joint"."""
     def logps(pairs):
         rows = [(prompt, y) for side in (1, 2) for prompt, y in ((pair[0], pair[side]) for pair in pairs)]
-        ids, labels = (pad_sequence([torch.tensor(f(p) + y) for p, y in rows], True, value).to(device) for f, value in (
-            (lambda p: p, 0), (lambda p: [-100] * len(p), -100)))
+        ids = pad_sequence([torch.tensor(p + y) for p, y in rows], True).to(device)
+        labels = pad_sequence([torch.tensor([-100] * len(p) + y) for p, y in rows], True, -100).to(device)
         logits = chat.model(ids, use_cache=False).logits[:, :-1].float()
         token_logps = logits.log_softmax(-1).gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
         return (token_logps * (labels[:, 1:] != -100)).sum(1)
@@ -172,29 +174,30 @@ def peak_memory(work):
 
 
 def peak_flops():
-    """FLOP/s of a large matrix product in the dtype of training, the best of ten."""
+    """FLOP/s of a large matrix product in the dtype of training, the best of five."""
     size = 8192 if CUDA else 2048
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if CUDA else torch.float32)
-    return 2 * size ** 3 / min(timed(lambda: a @ a) for _ in range(10))
+    return 2 * size ** 3 / min(timed(lambda: a @ a) for _ in range(5))
 
 
 def measure(works, repeats, unit="tokens"):
     """{name: (work, units)} -> {name: row}: the first run of each is for FLOPs and memory, the others take turns."""
-    rows, times, peak = {}, {name: [] for name in works}, peak_flops()
+    rows, times, peaks = {}, {name: [] for name in works}, []
     for name, (work, _) in works.items():
         counter = FlopCounterMode(display=False, custom_mapping=COUNTED)
         with counter:
             memory = peak_memory(work)
         rows[name] = {"TFLOP": counter.get_total_flops() / 1e12, "extra GiB": memory / 2**30}
     for _ in range(repeats):
+        peaks.append(peak_flops())
         for name, (work, _) in works.items():
             times[name].append(timed(work))
-    first = statistics.median(next(iter(times.values()), [0]))
+    first = statistics.median(next(iter(times.values())))
     for name, (_, units) in works.items():
         seconds = statistics.median(times[name])
         rows[name] = {"ms": round(1000 * seconds), "ratio": seconds / first, f"{unit}/s": units / seconds,
-                      "share of peak": 1e12 * rows[name]["TFLOP"] / seconds / peak} | rows[name]
-    print(f"a large matrix product: {peak / 1e12:.3g} TFLOP/s\n")
+                      "share of peak": 1e12 * rows[name]["TFLOP"] / seconds / max(peaks)} | rows[name]
+    print(f"\na large matrix product: {max(peaks) / 1e12:.3g} TFLOP/s\n")
     return rows
 
 
@@ -217,21 +220,18 @@ def make_step(chat, optimizer, examples, s, parts={}, backward=None):
 
 def training(chat, n, s, seed):
     """{name: (work, tokens)} of training: the steps, the reference pass, the tricks, the authors' scheme."""
-    queries, works = workload(n, chat, seed), {}
-    optimizer = train.make_optimizer(chat.model, s["generator"])
-    tokens = {stage: sum(len(y) for example in encoded(queries, s[stage]["objective"]) for pair in example for y in pair[1:])
-              for stage in s}
-    examples = {stage: encoded(queries, s[stage]["objective"]) for stage in s}
-    for stage in s:
-        works[f"{stage} step"] = make_step(chat, optimizer, examples[stage], s[stage]), tokens[stage]
-    works["reference pass"] = (lambda: generate.score(chat, examples["generator"], 4 * s["generator"]["micro_batch_tokens"]),
-                               tokens["generator"])
-    for name, parts in WITHOUT.items():
-        works[f"generator step: {name}"] = (make_step(chat, optimizer, examples["generator"], s["generator"], parts),
-                                            tokens["generator"])
-    works["generator step: the authors' scheme, with its reference"] = (make_step(
-        chat, optimizer, encoded(queries, "joint"), s["generator"], backward=authors_scheme), tokens["generator"])
-    return works
+    queries, s, policy = workload(n, chat, seed), s["generator"], s["policy"]
+    pairs, policy_pairs = encoded(queries, "sso"), encoded(queries, "policy")
+    tokens, policy_tokens = (sum(len(y) for example in examples for pair in example for y in pair[1:])
+                             for examples in (pairs, policy_pairs))
+    optimizer = train.make_optimizer(chat.model, s)
+    step = functools.partial(make_step, chat, optimizer)
+    works = {"generator step": (step(pairs, s), tokens),
+             "policy step": (step(policy_pairs, policy), policy_tokens),
+             "reference pass": (lambda: generate.score(chat, pairs, 4 * s["micro_batch_tokens"]), tokens)}
+    works |= {f"generator step: {name}": (step(pairs, s, parts), tokens) for name, parts in WITHOUT.items()}
+    authors = step(encoded(queries, "joint"), s, backward=authors_scheme)
+    return works | {"generator step: the authors' scheme, with its reference": (authors, tokens)}
 
 
 def sampling(chat, answers, seed):
@@ -248,14 +248,14 @@ def sampling(chat, answers, seed):
     def decode(rows, by, size):
         for i in range(0, len(rows), size):
             by(chat, rows[i:i + size], seed, s["max_new_tokens"], how)
-    return {"sampling": (lambda: decode(sorted(rows, key=len)[::-1], generate.decode, s["batch_size"] * generate.BATCHES),
-                         len(rows)),
+    longest_first, size = sorted(rows, key=len)[::-1], s["batch_size"] * generate.BATCHES
+    return {"sampling": (lambda: decode(longest_first, generate.decode, size), len(rows)),
             "sampling, naive": (lambda: decode(rows, generate.decode_static, 16), len(rows))}
 
 
 def peer(chat, steps, s, micro_batch, between, completion_only=True):
-    """TRL's DPOTrainer on `steps`, lists of examples, in `micro_batch` pairs at a time; `between` runs after each step.
-    Returns seconds and losses, by step. The reference is given."""
+    """TRL's DPOTrainer on `steps`, lists of examples, `micro_batch` pairs at a time; `between` runs after each
+    step. Returns seconds and losses, by step. The reference is given."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     import trl.trainer.utils
@@ -277,11 +277,13 @@ def peer(chat, steps, s, micro_batch, between, completion_only=True):
             torch.cuda.synchronize() if CUDA else None
             seconds.append(time.perf_counter() - self.timer)
             between()
-    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, s["gamma"]]} if s["gamma"] else {"loss_type": ["sigmoid"]}
+    losses = {"loss_type": ["sigmoid"]}
+    if s["gamma"]:      # its mean over the tokens of a micro-batch, ours over those of a response: the same work
+        losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, s["gamma"]]}
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
-            folder, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=len(records) // len(steps) // micro_batch,
-            max_steps=len(steps), learning_rate=s["lr"], lr_scheduler_type="constant", weight_decay=s["weight_decay"],
+            folder, per_device_train_batch_size=micro_batch, max_steps=len(steps),
+            gradient_accumulation_steps=len(records) // len(steps) // micro_batch, learning_rate=s["lr"], lr_scheduler_type="constant", weight_decay=s["weight_decay"],
             max_grad_norm=s["clip"], beta=s["beta"], max_length=None, gradient_checkpointing=False, bf16=CUDA,
             precompute_ref_log_probs=True, train_sampling_strategy="sequential", logging_steps=1, save_strategy="no",
             report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **losses)
@@ -304,7 +306,8 @@ def beside_trl(a, s, n):
     for step in reference:
         step()
         ours.append(step.loss)
-    print("losses over five steps, γ = 0:", " ".join(f"{x:.5f}" for x in ours), "; TRL:", " ".join(f"{x:.5f}" for x in theirs))
+    for name, losses in (("ours", ours), ("TRL", theirs)):
+        print(f"losses over five steps, γ = 0, {name}:", " ".join(f"{loss:.5f}" for loss in losses))
     if max(abs(x - y) for x, y in zip(ours, theirs)) > 1e-4:
         raise sso.UserError("the losses differ: the comparison is worth nothing")
     examples, rows = encoded(workload(n, chat, a.seed), "sso"), {}
@@ -315,19 +318,20 @@ def beside_trl(a, s, n):
     rows["generator step"] = statistics.median(times)
     rows[f"TRL, micro-batches of {best}"] = statistics.median(seconds)
     rows["TRL as it is on the CPU"] = statistics.median(default)
-    return {name: {"ms": round(1000 * value), "ratio": value / rows["generator step"]} for name, value in rows.items()}
+    return {name: {"ms": round(1000 * row), "ratio": row / rows["generator step"]} for name, row in rows.items()}
 
 
 def memory(chat):
     """Peak bytes of forward and backward of one pair, above weights and gradients, for each way to the log-probs."""
-    if not CUDA:        # every tensor in pages of its own, given back at once: what the process holds is what is in use
+    if not CUDA:        # every tensor in pages of its own, given back at once: what is held is in use
         ctypes.CDLL("libc.so.6").mallopt(-3, 2**17)
     ids = [random.Random(0).randrange(chat.model.config.vocab_size) for _ in range(2500)]
     examples, rows = [[(ids[:1500], ids[1500:2000], ids[2000:])]], {}
     def run():
         sso.pair_logps(chat.model, examples, chat.pad_id)[0].sum().backward()
     run()
-    ways = {"ours": {}, "response logits by autograd": {"TokenLogps": autograd}, "every position": {"pair_logps": every_position}}
+    ways = {"ours": {}, "response logits by autograd": {"TokenLogps": autograd},
+            "every position": {"pair_logps": every_position}}
     if hasattr(F, "linear_cross_entropy"):
         ways["F.linear_cross_entropy"] = {"TokenLogps": library}
     for name, parts in ways.items():
@@ -343,12 +347,14 @@ def main():
     parser.add_argument("--queries", type=int, default=2, metavar="N", help="of a step (2)")
     parser.add_argument("--answers", type=int, default=16, metavar="N", help="to sample; 0: none (16)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each measurement (3)")
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096, metavar="N", help="padded tokens at once (4096)")
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096, metavar="N",
+                        help="padded tokens at once (4096)")
     parser.add_argument("--vs", choices=["trl"], help="beside this peer, instead")
     parser.add_argument("--memory", action="store_true", help="peak memory of one pair, instead")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    s = {stage: sso.SETTINGS[stage] | {"micro_batch_tokens": a.micro_batch_tokens} for stage in ("generator", "policy")}
+    s = {stage: sso.SETTINGS[stage] | {"micro_batch_tokens": a.micro_batch_tokens}
+         for stage in ("generator", "policy")}
     print(f"{a.model}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if a.vs:
         return print_table(beside_trl(a, s["generator"], a.queries), ["ms", "ratio"])
@@ -356,8 +362,9 @@ def main():
     if a.memory:
         return print_table(memory(chat), ["extra GiB"])
     for works, unit in ((training(chat, a.queries, s, a.seed), "response tokens"),
-                        (sampling(chat, a.answers, a.seed) if a.answers else {}, "answers")):
-        print_table(measure(works, a.repeats, unit), ["ms", "ratio", f"{unit}/s", "TFLOP", "share of peak", "extra GiB"])
+                        (a.answers and sampling(chat, a.answers, a.seed), "answers")):
+        columns = ["ms", "ratio", f"{unit}/s", "TFLOP", "share of peak", "extra GiB"]
+        print_table(measure(works, a.repeats, unit), columns) if works else None
 
 
 if __name__ == "__main__":

@@ -447,7 +447,8 @@ def responses(model, principles, out, roles=tuple(sso.COLUMNS), **given):
 
 # ---- Command line --------------------------------------------------------------------------------
 
-HELP = {"seed": "of sampling, or of the order of the data", "batch_size": "queries a batch or training step",
+HELP = {"seed": "of sampling, or of the order of the data",
+        "batch_size": "queries of a training step, or of a batch of sampling (CUDA takes 256 of these at once)",
         "temperature": "of sampling; 0 is greedy", "top_p": "nucleus sampling",
         "max_new_tokens": "longest response", "lr": "peak learning rate", "epochs": "passes over the data",
         "beta": "β of L_base", "gamma": "γ of L_sft", "weight_decay": "of AdamW, on matrices",

@@ -361,7 +361,7 @@ def main():
         generate.add_settings(parser, name, prefix=f"--{name}.")
     args = parser.parse_args()
     sources = [args.principles, args.principle_model, args.toy_world != "default"]
-    for wrong, why in ((bool(args.model) != bool(args.queries), "--model and --queries go together; with neither: the toy"),
+    for wrong, why in ((bool(args.model) != bool(args.queries), "--model and --queries go together"),
                        (sum(map(bool, sources)) > 1, "--principles, --principle-model, --toy-world exclude each other"),
                        (args.model and sources[2], "--toy-world is for the toy world, without --model"),
                        (args.iterations < 1, "--iterations is at least 1")):

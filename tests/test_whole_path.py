@@ -40,7 +40,7 @@ def test_the_test_command_of_the_readme_is_what_ci_runs():
 
 
 def test_every_function_and_file_that_the_readme_names_exists():
-    names = re.findall(r"`(sso|generate|train|eval|toy|study|figures)\.(\w+)", README)
+    names = re.findall(r"`(sso|generate|train|eval|toy|study|figures|bench)\.(\w+)", README)
     assert len(names) > 20
     for module, name in names:
         assert name == "py" or hasattr(__import__(module), name), f"{module}.{name}"
@@ -69,7 +69,7 @@ def test_every_other_command_of_the_readme(toy_base, qwen3, small_study, tmp_pat
     printed = capsys.readouterr().out
     assert len(ran) > 20 and "no judge" in printed and "paired difference" in printed
     assert "Table 2: reward models" in printed and ("Over rounds: quality" in printed or not find_spec("matplotlib"))
-    for script in ("train.py", "generate.py", "eval.py", "toy.py"):
+    for script in ("train.py", "generate.py", "eval.py", "toy.py", "bench.py"):
         assert f"`{script}`" in README and any(script in line for line in ran)
 
 
