@@ -297,7 +297,7 @@ def beside_trl(a, s, n):
     """Fail unless both give the same losses over five steps with γ = 0; then {name: seconds} of both, in turns."""
     if 2 * n % 4:
         raise sso.UserError("--queries: TRL needs an even number, to try micro-batches of 1, 2 and 4 pairs")
-    plain = s | {"gamma": 0.0, "lr": 1e-4, "clip": 1e9}
+    plain = s | {"gamma": 0.0, "lr": 1e-5, "clip": 1e9}
     chat = load(a.model, a.layers)
     steps = [encoded([query], "sso") for query in workload(5, chat, a.seed)]
     _, theirs = peer(load(a.model, a.layers), steps, plain, 1, lambda: None)

@@ -48,7 +48,7 @@ def test_gradient_accumulation_gives_the_same_update_for_any_micro_batch_size(to
         part = train.accumulate_gradient(chat, examples, ref, s)
         parts.append(train.metrics(sso.PAIRS["sso"], part))
         gradients.append([p.grad.clone() for p in chat.model.parameters()])
-    assert len(sso.micro_batches(examples, budget)) > 3
+    assert len(sso.micro_batches(examples, budget)) > 2
     for whole, split in zip(*gradients):
         torch.testing.assert_close(whole, split, rtol=0, atol=1e-6 * max(1, whole.abs().max().item()))
     assert parts[0] == pytest.approx(parts[1], rel=1e-4)
@@ -94,7 +94,7 @@ def test_compiled_layers_train_the_same_policy_and_are_not_compiled_for_every_wi
     monkeypatch.setattr(sso, "tree_mask", lambda segments: widths.add(segments.shape) or read(segments))
     for on in (0, 1):
         train.train("policy", toy_base, toy_data / "responses.jsonl", tmp_path / str(on), compile=on, epochs=1, lr=1e-4,
-                    batch_size=16, micro_batch_tokens=600)
+                    batch_size=16, micro_batch_tokens=150)
     assert_same_weights(tmp_path / "0", tmp_path / "1", atol=1e-6)
     assert len(widths) > 5 and 0 < len(made) <= 8
 
@@ -172,7 +172,7 @@ def test_step_zero_is_printed_and_every_step_logged(toy_base, toy_data, tmp_path
     assert [row["step"] for row in rows] == list(range(len(rows))) and len(rows) == 3
     assert {"loss", "loss L+", "loss L-", "base", "sft", "chosen_rewards", "rejected_rewards", "margin", "accuracy",
             "chosen_logps", "rejected_logps", "lr", "grad_norm", "tokens_per_second"} <= rows[0].keys()
-    assert rows[0]["base"] == pytest.approx(math.log(2)) and rows[0]["margin"] == 0
+    assert rows[0]["base"] == pytest.approx(math.log(2)) and rows[0]["margin"] == pytest.approx(0, abs=1e-6)
     for row in rows:
         assert row["loss"] == pytest.approx(row["loss L+"] + row["loss L-"], rel=1e-5)
         assert row["loss"] == pytest.approx(2 * (row["base"] + 0.1 * row["sft"]), rel=1e-5)
