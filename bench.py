@@ -166,10 +166,13 @@ def peak_memory(work):
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 2**17)         # tensors in pages of their own, given back at once: what is held is in use
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")           # resets the high-water mark
     before = resident("VmRSS")
     work()
+    libc.mallopt(-3, 2**25)         # as it comes to be by itself
     return resident("VmHWM") - before
 
 
@@ -225,6 +228,9 @@ def training(chat, n, s, seed):
     tokens, policy_tokens = (sum(len(y) for example in examples for pair in example for y in pair[1:])
                              for examples in (pairs, policy_pairs))
     optimizer = train.make_optimizer(chat.model, s)
+    for p in chat.model.parameters():       # so that AdamW has its state before the first measurement
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
     step = functools.partial(make_step, chat, optimizer)
     works = {"generator step": (step(pairs, s), tokens),
              "policy step": (step(policy_pairs, policy), policy_tokens),
@@ -323,8 +329,6 @@ def beside_trl(a, s, n):
 
 def memory(chat):
     """Peak bytes of forward and backward of one pair, above weights and gradients, for each way to the log-probs."""
-    if not CUDA:        # every tensor in pages of its own, given back at once: what is held is in use
-        ctypes.CDLL("libc.so.6").mallopt(-3, 2**17)
     ids = [random.Random(0).randrange(chat.model.config.vocab_size) for _ in range(2500)]
     examples, rows = [[(ids[:1500], ids[1500:2000], ids[2000:])]], {}
     def run():
