@@ -455,7 +455,7 @@ HELP = {"seed": "of sampling, or of the order of the data",
         "warmup": "share of the steps, then a cosine to zero", "clip": "largest gradient norm",
         "examples": "queries to train on, at most", "max_length": "tokens of prompt and response, at most",
         "micro_batch_tokens": "padded tokens at once: memory and speed, not the result",
-        "recompute_layers": "1: less memory, a third more time", "compile": "1: torch.compile",
+        "recompute_layers": "1: less memory, more time", "compile": "1: torch.compile",
         "objective": "rows of the pair table", "base": "L_base"}
 
 

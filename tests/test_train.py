@@ -57,7 +57,7 @@ def test_gradient_accumulation_gives_the_same_update_for_any_micro_batch_size(to
 def test_the_whole_training_does_not_depend_on_the_micro_batch_size(toy_base, toy_data, tmp_path):
     for tokens in (600, 10**6):
         train.train("policy", toy_base, toy_data / "responses.jsonl", tmp_path / str(tokens), micro_batch_tokens=tokens,
-                    batch_size=16, epochs=1, lr=1e-4)
+                    recompute_layers=int(tokens == 600), batch_size=16, epochs=1, lr=1e-4)
     assert_same_weights(tmp_path / "600", tmp_path / "1000000", atol=1e-6)
 
 
