@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 import generate
-import study
-import toy
+from lab import toy
+from plumbing import cli
 
 CHATML = ("{%- if messages[0]['role'] != 'system' and DEFAULT %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
           "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -87,6 +87,10 @@ def qwen3(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("q3") / "model", "qwen3")
 
 
+PAPER = cli.read_recipe()
+TOY = cli.change(cli.read_recipe(toy.RECIPE), principles={"batch_size": 16}, responses={"batch_size": 16})
+
+
 @pytest.fixture(scope="session")
 def toy_base(tmp_path_factory):
     """A toy base model trained for a few seconds: enough to run on, not to show anything."""
@@ -100,47 +104,26 @@ def toy_data(toy_base, tmp_path_factory):
     """A folder with queries, principles and responses of the toy base model."""
     folder = tmp_path_factory.mktemp("data")
     write_jsonl(folder / "queries.jsonl", [{"prompt": query} for query in toy.make_queries(5)[0][:48]])
-    generate.principles(toy_base, folder / "queries.jsonl", folder / "principles.jsonl", batch_size=16)
-    generate.responses(toy_base, folder / "principles.jsonl", folder / "responses.jsonl", batch_size=16)
+    generate.principles(toy_base, folder / "queries.jsonl", folder / "principles.jsonl", TOY)
+    generate.responses(toy_base, folder / "principles.jsonl", folder / "responses.jsonl", TOY)
     return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
 def default_run(request, tmp_path_factory):
-    """`python train.py` in a clean copy, beside the other tests, for the test that looks at its end."""
+    """`python run.py` in a clean copy, beside the other tests, for the test that looks at its end."""
     if not any(item.name == "test_the_first_command_of_the_readme" for item in request.session.items):
         yield None
         return
     folder = tmp_path_factory.mktemp("clean")
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
+    for room in ("plumbing", "lab", "recipes"):
+        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
     with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
-        process = subprocess.Popen([sys.executable, "train.py"], cwd=folder, stdout=out, stderr=err)
+        process = subprocess.Popen([sys.executable, "run.py"], cwd=folder, stdout=out, stderr=err)
         yield process, folder
         process.kill()
-
-
-@pytest.fixture
-def small_study(toy_base, monkeypatch):
-    """The study on few queries, a grid of one cell a stage, and every task in this process, in order."""
-    monkeypatch.setattr(toy, "build", lambda out, *args, **how: shutil.copytree(toy_base, out))
-    monkeypatch.setattr(toy, "QUERIES", 24)
-    monkeypatch.setattr(toy, "HELDOUT", 24)
-    monkeypatch.setattr(study, "SEARCH_SEEDS", (6,))
-    monkeypatch.setattr(study, "SEARCH_ROUNDS", 1)
-    monkeypatch.setattr(study, "GRID", {stage: [{"lr": 1e-3, "epochs": 1}] for stage in study.GRID})
-    monkeypatch.setattr(study, "BEST", dict.fromkeys(study.BEST, (0, 0)))
-    monkeypatch.setattr(study, "BEST_ROUNDS", dict.fromkeys(study.BEST_ROUNDS, (0, 0)))
-    monkeypatch.setattr(study, "BEST_REWARD", dict.fromkeys(study.BEST_REWARD, 0))
-
-    def here(tasks, processes):
-        waiting = dict(tasks)
-        while waiting:
-            name = next(name for name, task in waiting.items() if task[1] not in waiting)
-            _, _, function, arguments, folder = waiting.pop(name)
-            folder.mkdir(parents=True, exist_ok=True)
-            function(*arguments)
-    monkeypatch.setattr(study, "run_tasks", here)
 
 
 def write_jsonl(path, records):

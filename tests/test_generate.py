@@ -1,13 +1,15 @@
-"""Sampling: what is drawn does not depend on company or interruption; bad input ends in one line."""
+"""Sampling, files and recipes: what is drawn does not depend on company or interruption; bad input ends in one line."""
 
 import errno
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from importlib.util import find_spec
 
 import pytest
@@ -16,97 +18,70 @@ import transformers
 
 import generate
 import sso
-import toy
 import train
-from conftest import ROOT, command, make_checkpoint, write_jsonl
+from conftest import PAPER, ROOT, TOY, command, make_checkpoint, write_jsonl
+from lab import toy
+from plumbing import cli, files, sampling
+from plumbing.chat import load_chat
+from plumbing.files import UserError
+from plumbing.sampling import load_sampler, sample
 
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12}
 CHATS = [[{"role": "user", "content": text}] for text in ("Hi", "Name a fruit that is not a plum, please.", "Why?")]
 
 
+@pytest.fixture(scope="module")
+def toy_sampler(toy_base):
+    return load_sampler(toy_base)
+
+
+def texts_of(path, column):
+    return [record[column][-1]["content"] for record in files.read_jsonl(path)]
+
+
+# ---- Sampling ------------------------------------------------------------------------------------
+
 def test_left_padding_changes_nothing(checkpoint):
-    chat = generate.load_sampler(checkpoint)
-    together = generate.sample(chat, CHATS, 0, GREEDY)
-    assert together == [generate.sample(chat, [messages], 0, GREEDY)[0] for messages in CHATS]
-    assert len({text for text, *_ in together}) > 1
+    chat = load_sampler(checkpoint)
+    together = sample(chat, CHATS, 0, GREEDY).responses
+    assert together == [sample(chat, [messages], 0, GREEDY).responses[0] for messages in CHATS]
+    assert len({response.text for response in together}) > 1
 
 
 def test_the_checkpoints_sampling_settings_are_not_applied_and_it_says_so(tmp_path, capsys):
     samples = []
-    for name, sampling in {"plain": {}, "odd": {"top_k": 1, "repetition_penalty": 9.0, "temperature": 0.1, "min_p": 0.9,
-                                                "no_repeat_ngram_size": 1}}.items():
-        chat = generate.load_sampler(make_checkpoint(tmp_path / name, "qwen2", **sampling))
-        samples.append(generate.sample(chat, CHATS, 1, {"temperature": 0.7, "top_p": 0.8, "max_new_tokens": 20}))
+    for name, own in {"plain": {}, "odd": {"top_k": 1, "repetition_penalty": 9.0, "temperature": 0.1, "min_p": 0.9,
+                                           "no_repeat_ngram_size": 1}}.items():
+        chat = load_sampler(make_checkpoint(tmp_path / name, "qwen2", **own))
+        samples.append(sample(chat, CHATS, 1, {"temperature": 0.7, "top_p": 0.8, "max_new_tokens": 20}))
     assert samples[0] == samples[1]
     assert "'repetition_penalty': 9.0" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("stop", [0, 1])       # both the end of turn and the end of text end a response
 def test_a_response_ends_at_any_stop_id_and_only_then_is_finished(qwen3, monkeypatch, stop):
-    chat = generate.load_sampler(qwen3)
+    chat = load_sampler(qwen3)
     texts = chat.tokenizer(["ab", "abcd"]).input_ids
+
     def fake(input_ids, **_):
         assert input_ids.shape[0] == 2
         return torch.cat([input_ids, torch.tensor([texts[0] + [stop, 1], texts[1]])], 1)
+
     monkeypatch.setattr(chat.model, "generate", fake)
-    assert generate.sample(chat, CHATS[:2], 0, GREEDY) == [("ab", True, 3), ("abcd", False, 4)]
+    assert sample(chat, CHATS[:2], 0, GREEDY) == ([("ab", True), ("abcd", False)], 3 + 4)
+    assert sample(chat, [], 0, GREEDY) == ([], 0)
 
 
-def test_responses_stand_under_the_right_prompts(toy_base, toy_data):
-    """Each role's response is the one that its own prompt and the batch's seed give, whatever the other roles."""
-    records = generate.read_jsonl(toy_data / "responses.jsonl")
-    chat = generate.load_sampler(toy_base)
-    s = generate.resolve(toy_base, "responses", {"temperature": 0.0})
-    for role, column in sso.COLUMNS.items():
-        out = toy_data / f"greedy_{role}.jsonl"
-        generate.responses(toy_base, toy_data / "principles.jsonl", out, roles=(role,), temperature=0.0)
-        greedy = generate.read_jsonl(out)
-        again = generate.sample(chat, [sso.role_messages(role, r, toy.PROMPTS) for r in greedy], 0, s)
-        assert [r[column][-1]["content"] for r in greedy] == [text for text, *_ in again]
-    assert list(records[0]) == ["prompt", "good_principle", "bad_principle", "fallback", "chosen", "chosen_finished",
-                                "rejected", "rejected_finished", "original", "original_finished"]
-    queries = [r["prompt"] for r in generate.read_jsonl(toy_data / "queries.jsonl")]
-    places = [queries.index(r["prompt"]) for r in records]
-    assert places == sorted(places)                    # in the order of the input
-
-
-def test_an_interrupted_file_continued_has_the_same_bytes(toy_base, toy_data, tmp_path):
-    whole = (toy_data / "responses.jsonl").read_bytes()
-    out, calls = tmp_path / "responses.jsonl", []
-    real = generate.sample
-    def interrupted(*args):                            # Ctrl-C in the middle of the second batch
-        calls.append(args)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return real(*args)
-    generate.sample = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            generate.responses(toy_base, toy_data / "principles.jsonl", out, batch_size=16)
-    finally:
-        generate.sample = real
-    partial = tmp_path / "responses.jsonl.partial"
-    lines = partial.read_text().split("\n")
-    assert not out.exists() and len(lines) == 17
-    partial.write_text("\n".join(lines[:16]) + "\n" + lines[0][:40])     # as if killed within a line, too
-    generate.responses(toy_base, toy_data / "principles.jsonl", out, batch_size=16)
-    assert out.read_bytes() == whole and not partial.exists()
-
-
-def test_a_killed_command_continued_has_the_same_bytes(toy_base, tmp_path):
-    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(6)[0][:400]])
-    words = [sys.executable, "generate.py", "principles", "--model", toy_base, "--queries", queries, "--batch-size", "4", "--out"]
-    process = subprocess.Popen([*words, tmp_path / "a.jsonl"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    partial = tmp_path / "a.jsonl.partial"
-    while not (partial.exists() and partial.stat().st_size > 2000):
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.communicate()[1].endswith("interrupted; the same command continues where it stopped\n")
-    assert process.returncode and partial.stat().st_size and not (tmp_path / "a.jsonl").exists()
-    for name in "ab":
-        command(*words[1:], tmp_path / f"{name}.jsonl")
-    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+def test_the_sampling_settings_reach_generate(qwen3, monkeypatch):
+    chat, seen = load_sampler(qwen3), []
+    monkeypatch.setattr(chat.model, "generate", lambda input_ids, **options: seen.append(options) or input_ids)
+    for temperature, tokens in ((0.7, 30), (0.0, 10**9)):
+        sample(chat, CHATS, 0, {"temperature": temperature, "top_p": 0.8, "max_new_tokens": tokens})
+    keys = ("do_sample", "temperature", "top_p", "top_k")
+    assert [tuple(options.get(key) for key in keys) for options in seen] == [(True, 0.7, 0.8, 0),
+                                                                           (False, None, None, None)]
+    longest = max(len(sso.encode_prompt(chat.tokenizer, messages)) for messages in CHATS)
+    assert [options["max_new_tokens"] for options in seen] == [30, chat.context - longest]   # never past the context
 
 
 # transformers asks psutil for the memory of a CPU, and before 5.23 fails without it.
@@ -117,178 +92,315 @@ SIZES = {"num_blocks": 64, "max_batch_tokens": 512, "max_requests_per_batch": 64
 @pytest.fixture
 def continuous(monkeypatch):
     """What CUDA uses, on the CPU."""
-    monkeypatch.setattr(generate, "decode", lambda *args: generate.decode_continuously(*args, **SIZES))
-    monkeypatch.setattr(generate, "BATCHES", 2)
+    monkeypatch.setattr(sampling, "decode", lambda *args: sampling.decode_continuously(*args, **SIZES))
+    monkeypatch.setattr(sampling, "batches_at_once", 2)
 
 
 @needs_psutil
-def test_continuous_batching_answers_greedily_as_static_batches_do(toy_base, toy_data, continuous):
-    chat = generate.load_sampler(toy_base)
-    prompts = [r["prompt"] for r in generate.read_jsonl(toy_data / "principles.jsonl")]
-    s = {"temperature": 0.0, "top_p": 0.8, "max_new_tokens": 4}       # short, so that some are cut off
-    answers = generate.sample(chat, prompts, 0, s)
-    assert {finished for _, finished, _ in answers} == {True, False}
-    generate.decode = generate.decode_static        # the fixture puts it back
-    assert generate.sample(chat, prompts, 0, s) == answers
+def test_continuous_batching_answers_greedily_as_static_batches_do(toy_sampler, toy_data, continuous, monkeypatch):
+    prompts = [record["prompt"] for record in files.read_jsonl(toy_data / "principles.jsonl")]
+    settings = {"temperature": 0.0, "top_p": 0.8, "max_new_tokens": 4}       # short, so that some are cut off
+    answers = sample(toy_sampler, prompts, 0, settings)
+    assert {response.finished for response in answers.responses} == {True, False}
+    monkeypatch.setattr(sampling, "decode", sampling.decode_static)
+    assert sample(toy_sampler, prompts, 0, settings) == answers
 
 
 @needs_psutil
-def test_continuous_batching_has_the_same_seeds_and_the_same_resume(toy_base, toy_data, tmp_path, continuous, monkeypatch):
-    def run(out, **given):
-        generate.responses(toy_base, toy_data / "principles.jsonl", out, batch_size=8, **given)
+def test_continuous_batching_has_the_same_seeds_and_the_same_resume(toy_base, toy_data, tmp_path, continuous,
+                                                                    monkeypatch):
+    principles = write_jsonl(tmp_path / "principles.jsonl", files.read_jsonl(toy_data / "principles.jsonl")[:16])
+
+    def run(out, seed=0):
+        recipe = cli.change(TOY, run={"seed": seed}, responses={"batch_size": 4})
+        generate.responses(toy_base, principles, out, recipe, roles=("good",))
         return out.read_bytes()
+
     whole = run(tmp_path / "a.jsonl")
     assert run(tmp_path / "b.jsonl") == whole != run(tmp_path / "c.jsonl", seed=1)
-    calls, real = [], generate.sample
+    calls = []
+
     def interrupted(*args):
         calls.append(len(args[1]))
-        if len(calls) == 5:         # in the second batch of 16
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args)
+        return sample(*args)
+
     monkeypatch.setattr(generate, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "d.jsonl")
-    assert calls == [16] * 5 and len((tmp_path / "d.jsonl.partial").read_text().splitlines()) == 16
+    done = len((tmp_path / "d.jsonl.partial").read_text().splitlines())
     assert run(tmp_path / "d.jsonl") == whole
+    # FAILS: nobody looks at sampling.batches_at_once, so that on CUDA, too, 16 queries are given at once and not 4,096
+    assert calls == [8, 8, 8] and done == 8
 
 
-def test_continuous_batching_that_gives_up_is_an_error(toy_base, continuous, monkeypatch):
-    chat = generate.load_sampler(toy_base)
-    monkeypatch.setattr(chat.model, "generate_batch", lambda rows, **how: {})
-    with pytest.raises(sso.UserError, match="gave up"):
-        generate.sample(chat, CHATS[:1], 0, {"temperature": 0.7, "top_p": 0.8, "max_new_tokens": 4})
+def test_continuous_batching_that_gives_up_is_an_error(toy_sampler, continuous, monkeypatch):
+    monkeypatch.setattr(toy_sampler.model, "generate_batch", lambda rows, **options: {})
+    with pytest.raises(UserError, match="gave up"):
+        sample(toy_sampler, CHATS[:1], 0, {"temperature": 0.7, "top_p": 0.8, "max_new_tokens": 4})
+
+
+# ---- Principles and responses --------------------------------------------------------------------
+
+def test_responses_stand_under_the_right_prompts(toy_sampler, toy_base, toy_data):
+    """Each role's response is the one that its own prompt gives, whatever the other roles."""
+    greedy = cli.change(TOY, responses={"temperature": 0.0})
+    for role, column in sso.COLUMNS.items():
+        out = toy_data / f"greedy_{role}.jsonl"
+        generate.responses(toy_base, toy_data / "principles.jsonl", out, greedy, roles=(role,))
+        messages = [sso.role_messages(role, record, toy.PROMPTS) for record in files.read_jsonl(out)]
+        again = sample(toy_sampler, messages, 0, greedy["responses"]).responses
+        assert texts_of(out, column) == [response.text for response in again]
+    records = files.read_jsonl(toy_data / "responses.jsonl")
+    assert list(records[0]) == ["prompt", "good_principle", "bad_principle", "fallback", "chosen", "chosen_finished",
+                                "rejected", "rejected_finished", "original", "original_finished"]
+    queries = [record["prompt"] for record in files.read_jsonl(toy_data / "queries.jsonl")]
+    assert [record["prompt"] for record in records] == queries                   # in the order of the input
+    lengths = [len(str(query)) for query in queries]
+    assert lengths != sorted(lengths, reverse=True)                              # not the order of sampling
 
 
 def test_every_batch_and_every_seed_draws_anew(toy_base, tmp_path):
-    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "name three tools except : axe saw file"}] * 16)
-    texts = {}
+    query = {"prompt": "name three tools except : axe saw file", "good_principle": "be", "bad_principle": "be"}
+    queries = write_jsonl(tmp_path / "q.jsonl", [query] * 16)
+    drawn = set()
     for seed in (0, 1):
-        generate.responses(toy_base, queries, tmp_path / f"{seed}.jsonl", roles=("original",), batch_size=8, seed=seed)
-        drawn = [r["original"][0]["content"] for r in generate.read_jsonl(tmp_path / f"{seed}.jsonl")]
-        texts[seed, 0], texts[seed, 1] = drawn[:8], drawn[8:]
-    assert len({tuple(drawn) for drawn in texts.values()}) == 4
+        recipe = cli.change(TOY, run={"seed": seed}, responses={"batch_size": 8})
+        generate.responses(toy_base, queries, tmp_path / f"{seed}.jsonl", recipe)
+        for column in ("chosen", "rejected"):           # under the same prompt
+            texts = texts_of(tmp_path / f"{seed}.jsonl", column)
+            drawn |= {tuple(texts[:8]), tuple(texts[8:])}
+    assert len(drawn) == 8                              # two seeds, two roles, two batches
 
 
-def test_the_sampling_settings_reach_generate(qwen3, monkeypatch):
-    chat, seen = generate.load_sampler(qwen3), []
-    monkeypatch.setattr(chat.model, "generate", lambda input_ids, **how: seen.append(how) or input_ids)
-    for temperature, tokens in ((0.7, 30), (0.0, 10**9)):
-        generate.sample(chat, CHATS, 0, {"temperature": temperature, "top_p": 0.8, "max_new_tokens": tokens})
-    assert [(how["do_sample"], how.get("temperature"), how.get("top_p"), how.get("top_k")) for how in seen] == [
-        (True, 0.7, 0.8, 0), (False, None, None, None)]
-    longest = max(len(sso.encode_prompt(chat.tokenizer, messages)) for messages in CHATS)
-    assert [how["max_new_tokens"] for how in seen] == [30, chat.context - longest]      # never past the context
+def test_yo_is_sampled_for_the_first_queries_alone(toy_base, toy_data, tmp_path):
+    """The first of the file, not of the order in which they are sampled."""
+    out = tmp_path / "r.jsonl"
+    generate.responses(toy_base, toy_data / "principles.jsonl", out, TOY, originals=7)
+    records = files.read_jsonl(out)
+    assert ["original" in record for record in records] == [True] * 7 + [False] * 41
+    assert ["original_finished" in record for record in records] == [True] * 7 + [False] * 41
+    assert len({record["original"][0]["content"] for record in records[:7]}) > 1
+    for column in ("chosen", "rejected"):
+        assert texts_of(out, column) == texts_of(toy_data / "responses.jsonl", column)
+    with pytest.raises(UserError, match="was made with originals = 7, not 8"):
+        generate.responses(toy_base, toy_data / "principles.jsonl", out, TOY, originals=8)
 
 
-def test_pairs_that_teach_nothing_are_skipped_in_training_and_counted(toy_base, toy_data, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_file_continued_has_the_same_bytes(toy_base, toy_data, tmp_path, monkeypatch):
+    whole = (toy_data / "responses.jsonl").read_bytes()
+    out, calls = tmp_path / "responses.jsonl", []
+
+    def interrupted(*args):                            # Ctrl-C in the middle of the second batch
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return sample(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate.responses(toy_base, toy_data / "principles.jsonl", out, TOY)
+    partial = tmp_path / "responses.jsonl.partial"
+    lines = partial.read_text().split("\n")
+    assert not out.exists() and len(lines) == 17
+    partial.write_text("\n".join(lines[:16]) + "\n" + lines[0][:40])     # as if killed within a line, too
+    generate.responses(toy_base, toy_data / "principles.jsonl", out, TOY)
+    assert out.read_bytes() == whole and not partial.exists()
+
+
+def test_a_killed_command_continued_has_the_same_bytes(toy_base, tmp_path):
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(6)[0][:80]])
+    words = ["generate.py", "principles", "--model", toy_base, "--queries", queries, "--recipe", toy.RECIPE,
+             "--batch-size", "4", "--out", tmp_path / "a.jsonl"]
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    partial = tmp_path / "a.jsonl.partial"
+    while not (partial.exists() and partial.stat().st_size > 2000):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1].endswith("interrupted; the same command continues where it stopped\n")
+    assert process.returncode and partial.stat().st_size and not (tmp_path / "a.jsonl").exists()
+    for name in "ab":
+        generate.principles(toy_base, queries, tmp_path / f"{name}.jsonl",
+                            cli.change(TOY, principles={"batch_size": 4}))
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_pairs_that_teach_nothing_are_skipped_in_training_and_counted(toy_base, toy_data, tmp_path, monkeypatch,
+                                                                      capsys):
     """Of every three queries one gets equal responses, one an empty rejected one. The file keeps a line a query."""
     def fake(chat, prompts, seed, settings):
         good = seed % 3 == 0                           # the seeds of a batch's roles are consecutive
-        return [((["same", "yes", "yes"] if good else [" same", "  ", "no"])[i % 3], True, 1) for i in range(len(prompts))]
+        texts = ["same", "yes", "yes"] if good else [" same", "  ", "no"]
+        return sampling.Sampled([sso.Response(texts[i % 3], True) for i in range(len(prompts))], len(prompts))
+
     monkeypatch.setattr(generate, "sample", fake)
     out = tmp_path / "pairs.jsonl"
-    generate.responses(toy_base, toy_data / "principles.jsonl", out, roles=("good", "bad"), batch_size=48)
-    assert len(generate.read_jsonl(out)) == 48
-    records, examples, dropped = generate.read_pairs(out, "policy", generate.load_chat(toy_base), 256)
-    assert dropped == {"chosen equals rejected": 16, "empty response": 16} and len(records) == len(examples) == 16
-    assert {r["rejected"][0]["content"] for r in records} == {"no"}
-    assert "'chosen equals rejected': 16" in capsys.readouterr().out
-    train.train("policy", toy_base, out, tmp_path / "p")
+    recipe = cli.change(TOY, responses={"batch_size": 48})
+    generate.responses(toy_base, toy_data / "principles.jsonl", out, recipe, roles=("good", "bad"))
+    assert len(files.read_jsonl(out)) == 48
+    printed = capsys.readouterr().out
+    assert "48 pairs; of no use in training" in printed
+    assert "'chosen equals rejected': 16" in printed and "'empty response': 16" in printed
+    chat = load_chat(toy_base)
+    examples, skipped = files.read_examples(out, "policy", chat, 256)
+    assert skipped == {"chosen equals rejected": 16, "empty response": 16}
+    responses = {tuple(chat.tokenizer.decode(ids) for ids in (pair.winner, pair.loser)) for [pair] in examples}
+    assert len(examples) == 16 and len(responses) == 1
+    train.train("policy", toy_base, out, tmp_path / "p", TOY)
     printed = capsys.readouterr().out
     assert "16 examples; skipped: " in printed and "'empty response': 16" in printed
-    write_jsonl(out, [{"prompt": r["prompt"], "chosen": "a", "rejected": "a"} for r in records])
-    with pytest.raises(sso.UserError, match="no pair is left: {'chosen equals rejected': 16}"):
-        generate.read_pairs(out, "policy", generate.load_chat(toy_base), 256)
+    write_jsonl(out, [{"prompt": "name", "chosen": "a", "rejected": "a"}] * 16)
+    with pytest.raises(UserError, match="no pair is left: {'chosen equals rejected': 16}"):
+        files.read_examples(out, "policy", chat, 256)
 
 
 def test_an_example_of_several_terms_is_skipped_only_if_all_of_them_are_equal():
-    same, other = ([], ("a", True), (" a ", True)), ([], ("a", True), ("b", True))
-    assert generate.teaches_nothing([same, same]) == "chosen equals rejected" and not generate.teaches_nothing([same, other])
-    assert generate.teaches_nothing([other, ([], ("a", True), (" ", True))]) == "empty response"
+    def pair(winner, loser):
+        return sso.Pair([], sso.Response(winner, True), sso.Response(loser, True))
+
+    same, other = pair("a", " a "), pair("a", "b")
+    assert files.teaches_nothing([same, same]) == "chosen equals rejected"
+    assert files.teaches_nothing([same, other]) is None and files.teaches_nothing([other, same]) is None
+    assert files.teaches_nothing([other, pair("a", " ")]) == "empty response"
+    assert files.teaches_nothing([pair("\n", "b"), other]) == "empty response"
 
 
-def test_principles_from_a_file_are_the_querys_own_or_two_general_ones(toy_base, tmp_path):
+def test_principles_from_a_file_are_the_querys_own_or_two_general_ones(tmp_path, monkeypatch):
     general = [{"good_principle": f"g{i}.", "bad_principle": f"b{i}."} for i in range(4)]
     own = {"prompt": "Mine?", "good_principle": "mine, good", "bad_principle": "mine, bad"}
-    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Mine?", "n": 1}] + [{"prompt": f"Yours {i}?"} for i in range(60)])
-    words = ["generate.py", "principles", "--queries", queries, "--out", tmp_path / "p.jsonl", "--principles"]
-    command(*words, write_jsonl(tmp_path / "w.jsonl", [*general, own]))
-    first, *rest = generate.read_jsonl(tmp_path / "p.jsonl")
+    asked = [{"prompt": "Mine?", "n": 1}] + [{"prompt": f"Yours {i}?"} for i in range(60)]
+    queries = write_jsonl(tmp_path / "q.jsonl", asked)
+    written = write_jsonl(tmp_path / "w.jsonl", [*general, own])
+    monkeypatch.setattr(sys, "argv", ["generate.py", "written", "--queries", str(queries), "--out",
+                                      str(tmp_path / "p.jsonl"), "--principles", str(written)])
+    runpy.run_path(ROOT / "generate.py", run_name="__main__")
+    first, *rest = files.read_jsonl(tmp_path / "p.jsonl")
     assert (first["good_principle"], first["bad_principle"], first["n"]) == ("mine, good", "mine, bad", 1)
-    assert all(re.fullmatch(r"g(\d)\. g(\d)\.", r["good_principle"]) for r in rest)
-    assert all(r["bad_principle"] == r["good_principle"].replace("g", "b") for r in rest)
-    drawn = [r["good_principle"] for r in rest]
+    assert all(re.fullmatch(r"g(\d)\. g(\d)\.", record["good_principle"]) for record in rest)
+    assert all(record["bad_principle"] == record["good_principle"].replace("g", "b") for record in rest)
+    drawn = [record["good_principle"] for record in rest]
     assert len(set(drawn)) > 8 and not any(text[:2] == text[4:6] for text in drawn)
-    for records, message in (([own], "q.jsonl, line 2: .*w2.jsonl has no principles for this query"),
+    generate.written_principles(written, queries, tmp_path / "seed.jsonl", cli.change(PAPER, run={"seed": 1}))
+    assert [record["good_principle"] for record in files.read_jsonl(tmp_path / "seed.jsonl")[1:]] != drawn
+    for records, message in (([own], "q.jsonl, line 2: .*w2.jsonl has no principles for "),
                              ([{"good_principle": "x"}], "w2.jsonl, line 1: a record without a 'bad_principle'")):
-        with pytest.raises(sso.UserError, match=message):
-            generate.written_principles(write_jsonl(tmp_path / "w2.jsonl", records), queries, tmp_path / "p2.jsonl")
+        with pytest.raises(UserError, match=message):
+            generate.written_principles(write_jsonl(tmp_path / "w2.jsonl", records), queries, tmp_path / "p2.jsonl",
+                                        PAPER)
         assert not list(tmp_path.glob("p2*"))
-    shipped = generate.read_jsonl(ROOT / "data/features.jsonl", needs=("feature", "good_principle", "bad_principle"))
+
+
+def test_the_features_that_are_shipped_are_principles():
+    shipped = files.read_jsonl(ROOT / "data/features.jsonl", needs=("feature", "good_principle", "bad_principle"))
     assert {"safety", "logicality", "comprehensiveness", "helpfulness", "literariness", "accuracy", "engagement"} < {
-        r["feature"] for r in shipped}
+        record["feature"] for record in shipped}
 
 
-def test_a_query_without_guidelines_gets_the_fixed_pair_and_is_counted(qwen3, tmp_path, capsys):
+def test_a_query_without_principles_gets_the_fixed_pair_and_is_counted(qwen3, tmp_path, capsys):
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Hi"}, {"prompt": [{"role": "user", "content": "Why?"}]}])
-    generate.principles(qwen3, queries, tmp_path / "p.jsonl", max_new_tokens=4)
-    records = generate.read_jsonl(tmp_path / "p.jsonl")
-    assert {r["good_principle"] for r in records} == {sso.PROMPTS["fallback_good"]}
-    assert {r["bad_principle"] for r in records} == {sso.PROMPTS["fallback_bad"]} and all(r["fallback"] for r in records)
+    generate.principles(qwen3, queries, tmp_path / "p.jsonl", cli.change(PAPER, principles={"max_new_tokens": 4}))
+    records = files.read_jsonl(tmp_path / "p.jsonl")
+    assert {record["good_principle"] for record in records} == {sso.PROMPTS["fallback_good"]}
+    assert {record["bad_principle"] for record in records} == {sso.PROMPTS["fallback_bad"]}
+    assert all(record["fallback"] for record in records)
     assert "2 queries, 2 with the fixed pair" in capsys.readouterr().out
 
 
 def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
     texts = ["a\u2028b\x85c\r\nd", "zwei\nZeilen"]
     path = tmp_path / "q.jsonl"
-    path.write_text("".join(json.dumps({"prompt": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8", newline="")
-    assert [r["prompt"][0]["content"] for r in generate.read_jsonl(path)] == texts
+    lines = "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts)
+    path.write_text(lines, encoding="utf-8", newline="")
+    assert texts_of(path, "prompt") == texts
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, message", [
-    (None, "no such file"), ("", "an empty file"), ('{"prompt": "a"}\n{"prompt": \n', "line 2: not a JSON object"),
-    ('{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not a JSON object"), ('{"query": "a"}', "line 1: a record without a 'prompt'"),
-    ('"a"', "line 1: not a JSON object"), (b'{"prompt": "\xff"}', "line 1: not a JSON object.*utf-8"),
-    ('{"prompt": "\\ud800"}', "line 1: not a JSON object.*surrogates"), ('{"prompt": "  "}', "line 1: a record without a 'prompt'"),
+    (None, "no such file"),
+    ("", "line 1: not a JSON object"),
+    ('{"prompt": "a"}\n{"prompt": \n', "line 2: not a JSON object"),
+    ('{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not a JSON object"),
+    ('{"query": "a"}', "line 1: a record without a 'prompt'"),
+    ('"a"', "line 1: not a JSON object"),
+    (b'{"prompt": "\xff"}', "line 1: not a JSON object.*utf-8"),
+    ('{"prompt": "\\ud800"}', "line 1: not a JSON object.*surrogates"),
+    ('{"prompt": "  "}', "line 1: a record without a 'prompt'"),
     ('{"prompt": [{"role": "user"}]}', "line 1: 'prompt' is neither a text nor a list of messages"),
-    ('{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}', "line 1: a query is one user message"),
+    ('{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}',
+     "line 1: a query is one user message"),
 ])
 def test_bad_query_files(toy_base, tmp_path, text, message):
     path = tmp_path / "q.jsonl"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(sso.UserError, match=message) as error:
-        generate.principles(toy_base, path, tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match=message) as error:
+        generate.principles(toy_base, path, tmp_path / "out.jsonl", TOY)
     assert str(path) in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
 
 
-def test_bad_models(tmp_path, qwen3):
+def test_a_file_without_principles_is_refused_by_line(toy_base, toy_data, tmp_path):
+    records = files.read_jsonl(toy_data / "principles.jsonl")[:2]
+    del records[1]["bad_principle"]
+    path = write_jsonl(tmp_path / "p.jsonl", records)
+    with pytest.raises(UserError, match="p.jsonl, line 2: a record without 'bad_principle'"):
+        generate.responses(toy_base, path, tmp_path / "out.jsonl", TOY)
+    assert not list(tmp_path.glob("out*"))
+    generate.responses(toy_base, path, tmp_path / "good.jsonl", TOY, roles=("good", "original"))
+
+
+def test_bad_models(tmp_path):
     (tmp_path / "empty").mkdir()
     no_template = make_checkpoint(tmp_path / "base", "qwen3")
     (no_template / "chat_template.jinja").unlink()
     no_system = make_checkpoint(tmp_path / "gemma-like", "qwen3")
-    (no_system / "chat_template.jinja").write_text("{% for m in messages %}{{ raise_exception('no') if m.role == 'system' }}{% endfor %}")
+    (no_system / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ raise_exception('no') if m.role == 'system' }}{% endfor %}")
     silent = make_checkpoint(tmp_path / "silent", "qwen3")
-    (silent / "chat_template.jinja").write_text("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    (silent / "chat_template.jinja").write_text(
+        "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    no_weights = make_checkpoint(tmp_path / "no_weights", "qwen3")
+    (no_weights / "model.safetensors").unlink()
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Hi"}])
-    for model, message in ((tmp_path / "none", "no such folder.*offline"), ("nobody/no-such-model", "hub.*hf download"),
-                           (tmp_path / "empty", "not a checkpoint folder"), (no_template, "has no chat template"),
-                           (no_system, "has no system message"), (silent, "has no system message")):
-        with pytest.raises(sso.UserError, match=message) as error:
-            generate.principles(model, queries, tmp_path / "out.jsonl")
+    for model, message in ((tmp_path / "none", "no such folder.*offline"),
+                           ("nobody/no-such-model", "hub.*hf download"),
+                           (tmp_path / "empty", "not a checkpoint folder"),
+                           (no_template, "has no chat template"),
+                           (no_system, "has no system message"),
+                           (silent, "has no system message"),
+                           (no_weights, "it cannot be loaded")):
+        with pytest.raises(UserError, match=message) as error:
+            generate.principles(model, queries, tmp_path / "out.jsonl", PAPER)
         assert str(model) in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.glob("out*"))
 
 
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path):
+def test_a_model_that_changes_its_logits_behind_the_head_gets_the_plain_form_and_it_says_so(tmp_path, qwen3, capsys):
     """Granite divides its logits, Gemma squashes them: the head alone would give wrong log-probs, silently."""
     from transformers import GraniteConfig, GraniteForCausalLM
     path = make_checkpoint(tmp_path / "granite", "qwen3")
     GraniteForCausalLM(GraniteConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
                                      intermediate_size=48, logits_scaling=3.0)).save_pretrained(path)
-    with pytest.raises(sso.UserError, match="changes its logits after the output head"):
-        generate.load_chat(path)
+    capsys.readouterr()
+    chat = load_chat(path)
+    assert chat.pair_logps is sso.pair_logps
+    line, = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert str(path) in line and "does not read a pair as one row" in line
+    assert load_chat(qwen3).pair_logps is not sso.pair_logps and not capsys.readouterr().out
+    # It trains, too, by the right log-probs.
+    response = [260, 5, 6]
+    logps, _ = chat.pair_logps(chat.model, [[sso.Pair([7, 8, 9], response, [9])]], chat.pad_id)
+    token_logps = chat.model(torch.tensor([[7, 8, 9] + response])).logits[0].log_softmax(-1)
+    expected = sum(token_logps[2 + i, token] for i, token in enumerate(response))
+    torch.testing.assert_close(logps[0, 0, 0], expected, rtol=1e-5, atol=1e-5)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}])
+    train.train("policy", path, data, tmp_path / "out", PAPER)
+    first = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])
+    example = files.read_examples(data, "policy", chat, 256)[0]
+    assert first["chosen_logps"] == pytest.approx(
+        sso.pair_logps(chat.model, example, chat.pad_id)[0][0].item(), rel=1e-5)
 
 
 def test_rows_end_where_a_sliding_window_would_begin_to_matter(tmp_path):
@@ -299,75 +411,335 @@ def test_rows_end_where_a_sliding_window_would_begin_to_matter(tmp_path):
                  intermediate_size=48, max_position_embeddings=500)
     for window, context in ((90, 90), (None, 500)):
         MistralForCausalLM(MistralConfig(**small, sliding_window=window)).save_pretrained(path)
-        assert generate.load_chat(path).context == context
+        assert load_chat(path).context == context
 
 
 def test_a_prompt_longer_than_the_context(tmp_path):
     model = make_checkpoint(tmp_path / "short", "qwen3", context=300)
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "why " * 100 + "on earth"}])
-    with pytest.raises(sso.UserError, match="context of 300.*on earth"):
-        generate.principles(model, queries, tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match="context of 300.*on earth"):
+        generate.principles(model, queries, tmp_path / "out.jsonl", PAPER)
 
 
-def test_other_settings_are_refused_by_name_and_nothing_is_overwritten(toy_base, toy_data, capsys):
+def test_a_command_ends_in_one_line_and_a_code(tmp_path, monkeypatch):
+    done = command("generate.py", "principles", "--model", tmp_path, "--queries", tmp_path / "none.jsonl",
+                   "--out", tmp_path / "o", check=False)
+    assert done.returncode and done.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file\n"
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def no_memory():
+        raise torch.OutOfMemoryError("17 GB")
+
+    def no_hands():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    for function, message in ((full, "No space left on device; what was finished is kept"),
+                              (no_memory, "error: 17 GB; lower --micro-batch-tokens"),
+                              (no_hands, "interrupted; the same command continues where it stopped")):
+        with pytest.raises(SystemExit, match=message):
+            cli.run("", ("x", function, []))
+
+
+# ---- What an output was made from ----------------------------------------------------------------
+
+@pytest.fixture(params=["file", "folder"])
+def place(request, tmp_path):
+    """Makes an Output with its inputs, as a file and as a model's folder; and where its work and its result are."""
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "a"}])
+    write_jsonl(tmp_path / "same.jsonl", [{"prompt": "a"}])
+    path = tmp_path / "out"
+    work, proof = tmp_path / "out.partial", path
+    if request.param == "folder":
+        path.mkdir()
+        work, proof = path / "log.jsonl", path / "config.json"
+
+    def make(settings={"lr": 0.1, "seed": 0}, data=data):
+        return files.Output(path, settings, {"data": data}, folder=request.param == "folder")
+    return make, work, proof, data
+
+
+def test_what_is_complete_is_skipped_and_what_is_begun_is_continued(place):
+    make, work, proof, _ = place
+    assert not make().is_complete()
+    make().write_note()
+    work.touch()                                            # nothing is in it yet
+    assert not make({"lr": 0.2}).is_complete()              # so nothing binds
+    work.write_text("begun")
+    assert not make().is_complete()
+    proof.write_text("done")
+    work.unlink()
+    assert make().is_complete()
+    assert make({"lr": 0.1, "seed": 0, "micro_batch_tokens": 7, "compile": 1, "recompute_layers": 1}).is_complete()
+
+
+@pytest.mark.parametrize("state", ["begun", "complete"])
+def test_what_has_other_settings_or_inputs_is_refused_by_name(place, state):
+    make, work, proof, data = place
+    make().write_note()
+    made = work if state == "begun" else proof
+    made.write_text("precious")
+    other = data.with_name("same.jsonl")
+    for output, message in ((make({"lr": 0.2, "seed": 0}), "lr = 0.1, not 0.2"),
+                            (make({"lr": 0.1, "seed": 0, "beta": 0.1}), "beta = None, not 0.1"),
+                            (make({"lr": 0.1}), "seed = 0, not None"),
+                            (make(data=other), r"data = '(../)?data.jsonl', not '(../)?same.jsonl'")):
+        with pytest.raises(UserError, match=f"was made with {message}: choose another --out, or delete") as error:
+            output.is_complete()
+        assert str(made) in str(error.value) and str(output.note_path) in str(error.value)
+        assert "\n" not in str(error.value)
+    write_jsonl(data, [{"prompt": "b"}])                    # the same place and size, another content
+    with pytest.raises(UserError, match="was made with content of data = '"):
+        make().is_complete()
+    assert made.read_text() == "precious"
+
+
+def test_what_nobodys_command_made_is_refused(place):
+    make, work, proof, _ = place
+    for path in (work, proof):
+        path.write_text("precious")
+        with pytest.raises(UserError, match=f"{path} exists and was not made by this command; choose another --out"):
+            make().is_complete()
+        assert path.read_text() == "precious"
+        path.unlink()
+
+
+def test_another_model_is_noticed_by_its_weights(tmp_path, qwen3):
+    """The folder has the same name, and its weights the same size."""
+    model = make_checkpoint(tmp_path / "model", "qwen3")
+    before = files.fingerprint(model)
+    assert before == files.fingerprint(qwen3)               # the same weights
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    assert files.fingerprint(model) != before
+
+
+def test_the_commands_refuse_skip_and_overwrite_nothing(toy_base, toy_data, capsys):
     out = toy_data / "principles.jsonl"
     before = out.read_bytes()
-    with pytest.raises(sso.UserError, match="temperature = 0.7, not 0.9"):
-        generate.principles(toy_base, toy_data / "queries.jsonl", out, batch_size=16, temperature=0.9)
+    warmer = cli.change(TOY, principles={"temperature": 0.9})
+    with pytest.raises(UserError, match="temperature = 0.7, not 0.9"):
+        generate.principles(toy_base, toy_data / "queries.jsonl", out, warmer)
+    asked = cli.change(TOY, prompts={"principles": "### query {query} ### good guideline"})
+    with pytest.raises(UserError, match="principles = '### query {query} ### bad guideline', not '### query"):
+        generate.principles(toy_base, toy_data / "queries.jsonl", out, asked)
     other = write_jsonl(toy_data / "others.jsonl", [{"prompt": toy.make_queries(9)[0][0]}])
-    with pytest.raises(sso.UserError, match="queries = 'queries.jsonl', not 'others.jsonl'"):
-        generate.principles(toy_base, other, out, batch_size=16)
-    generate.principles(toy_base, toy_data / "queries.jsonl", out, batch_size=16)
-    assert out.read_bytes() == before and "complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match="queries = 'queries.jsonl', not 'others.jsonl'"):
+        generate.principles(toy_base, other, out, TOY)
+    generate.principles(toy_base, toy_data / "queries.jsonl", out, TOY)
+    generate.responses(toy_base, out, toy_data / "responses.jsonl", TOY)
+    assert capsys.readouterr().out.count("complete") == 2 and out.read_bytes() == before
+    with pytest.raises(UserError, match="responses.jsonl was made with bad = "):
+        plain = cli.change(TOY, prompts={"bad": {"system": "", "user": "{query}"}})
+        generate.responses(toy_base, out, toy_data / "responses.jsonl", plain)
     mine = toy_data / "mine.jsonl"
     mine.write_text("precious")
-    with pytest.raises(sso.UserError, match="was not made by this command"):
-        generate.principles(toy_base, toy_data / "queries.jsonl", mine)
+    with pytest.raises(UserError, match="was not made by this command"):
+        generate.principles(toy_base, toy_data / "queries.jsonl", mine, TOY)
     assert mine.read_text() == "precious"
-
-
-@pytest.mark.parametrize("setting", [{"batch_size": 0}, {"temperature": -1.0}, {"top_p": 1.1}, {"max_new_tokens": 0},
-                                     {"seed": -1}, {"temperature": float("nan")}])
-def test_settings_out_of_range(toy_base, toy_data, tmp_path, setting):
-    flag = f"--{next(iter(setting)).replace('_', '-')}"
-    with pytest.raises(sso.UserError, match=f"{flag} .* is not between"):
-        generate.principles(toy_base, toy_data / "queries.jsonl", tmp_path / "o.jsonl", **setting)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_input_edited_in_place_is_noticed(toy_base, tmp_path):
-    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(2)[0][:4]])
-    generate.principles(toy_base, queries, tmp_path / "p.jsonl")
-    write_jsonl(queries, [{"prompt": query} for query in toy.make_queries(3)[0][:4]])
-    with pytest.raises(sso.UserError, match="was made with content of queries"):
-        generate.principles(toy_base, queries, tmp_path / "p.jsonl")
 
 
 def test_settings_bind_once_something_is_made_and_no_stale_part_is_continued(toy_base, toy_data, tmp_path):
     """After a failure that made nothing the corrected command runs; a part of another run is never mixed in."""
     out, queries = tmp_path / "p.jsonl", toy_data / "queries.jsonl"
-    generate.write_text(*generate.claim(out, generate.resolve(toy_base, "principles", {}), {"model": toy_base}))
-    generate.principles(toy_base, queries, out, temperature=0.9)
+    files.Output(out, cli.stage_settings(TOY, "principles"), {"model": toy_base}).write_note()
+    generate.principles(toy_base, queries, out, cli.change(TOY, principles={"temperature": 0.9}))
     for file in (out, tmp_path / "p.jsonl.args.json"):
         file.unlink()
     (tmp_path / "p.jsonl.partial").write_text('{"prompt": "stale"}\n' * 256)
-    with pytest.raises(sso.UserError, match="p.jsonl.partial exists and was not made by this command"):
-        generate.principles(toy_base, queries, out)
+    with pytest.raises(UserError, match="p.jsonl.partial exists and was not made by this command"):
+        generate.principles(toy_base, queries, out, TOY)
 
 
-def test_the_toy_model_refuses_other_queries(toy_base, tmp_path):
-    import eval as evaluation
-    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Why?"}])
-    with pytest.raises(sso.UserError, match="'Why.' is not a query of the toy world"):
-        evaluation.policies({"base": toy_base}, queries, tmp_path)
+def test_each_stage_notes_what_it_used_beside_its_output(toy_base, toy_data):
+    note = json.loads((toy_data / "principles.jsonl.args.json").read_text())
+    assert note.items() >= (TOY["principles"] | {"seed": 0, "queries": "queries.jsonl"}).items()
+    for name in ("principles", "fallback_good", "fallback_bad"):
+        assert note[name] == TOY["prompts"][name]
+    note = json.loads((toy_data / "responses.jsonl.args.json").read_text())
+    assert note.items() >= (TOY["responses"] | {"seed": 0, "principles": "principles.jsonl"}).items()
+    for role in sso.COLUMNS:
+        assert note[role] == TOY["prompts"][role]
 
 
-def test_a_command_ends_in_one_line_and_a_code(tmp_path, monkeypatch):
-    done = command("generate.py", "principles", "--model", tmp_path, "--queries", tmp_path / "none.jsonl", "--out", tmp_path / "o",
-                   check=False)
-    assert done.returncode and done.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file\n"
+# ---- Recipes -------------------------------------------------------------------------------------
 
-    def full():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(SystemExit, match="No space left on device; what was finished is kept"):
-        generate.run(full)
+def write_recipe(folder, text):
+    path = folder / "my.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_papers_recipe_has_the_papers_values():
+    """Section 5.1."""
+    generator, policy = PAPER["generator"], PAPER["policy"]
+    assert generator["lr"] == policy["lr"] == 5e-7
+    assert generator["beta"] == policy["beta"] == 0.1
+    assert (generator["gamma"], policy["gamma"]) == (0.1, 0.0)
+    assert (generator["batch_size"], policy["batch_size"]) == (32, 256)
+    assert (generator["examples"], policy["examples"]) == (8_000, 60_000)
+    assert generator["epochs"] == policy["epochs"] == 1
+    assert generator["base_loss"] == policy["base_loss"] == "dpo"
+    assert (generator["objective"], policy["objective"]) == ("sso", "policy")
+    responses = PAPER["responses"]
+    assert (responses["temperature"], responses["top_p"], responses["max_new_tokens"]) == (0.7, 0.8, 2048)
+    assert PAPER["prompts"] == sso.PROMPTS
+    for stage in ("principles", "responses", "generator", "policy"):
+        cli.stage_settings(PAPER, stage)
+
+
+def first_comments():
+    """{setting: its comment where it first appears}, or None there."""
+    comments = {}
+    for line in cli.PAPER.read_text().splitlines():
+        found = re.fullmatch(r"(\w+) = [^#]*?(?: +# (\S.*))?", line)
+        if found:
+            comments.setdefault(found[1], found[2])
+    return comments
+
+
+def test_every_setting_of_the_papers_recipe_is_explained_where_it_first_appears():
+    comments = first_comments()
+    settings = set()
+    for section in tomllib.loads(cli.PAPER.read_text()).values():
+        settings |= section.keys()
+    assert comments.keys() == settings and all(comments.values())
+
+
+def test_the_explanation_is_the_help_of_the_settings_flag(monkeypatch, capsys):
+    comments = first_comments()
+    monkeypatch.setattr(sys, "argv", ["train.py", "generator", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(ROOT / "train.py", run_name="__main__")
+    text = " ".join(capsys.readouterr().out.split())
+    # FAILS: cli.comments() keeps a setting's last comment: --lr has the help "Section 5.1" of [policy]
+    for key in ("lr", "beta", "gamma", "warmup", "clip"):
+        assert f"--{key} V {comments[key]} ({PAPER['generator'][key]})" in text
+
+
+def test_another_recipe_changes_only_what_it_says(tmp_path):
+    path = write_recipe(tmp_path, """
+        [policy]
+        lr = 1                              # a whole number will do
+        [prompts]
+        fallback_good = "Be kind."
+        """)
+    recipe = cli.read_recipe(path)
+    assert recipe["policy"] == PAPER["policy"] | {"lr": 1.0} and type(recipe["policy"]["lr"]) is float
+    assert recipe["prompts"] == sso.PROMPTS | {"fallback_good": "Be kind."}
+    same = recipe.keys() - {"policy", "prompts"}
+    assert recipe.keys() == PAPER.keys() and all(recipe[section] == PAPER[section] for section in same)
+    assert sso.PROMPTS["fallback_good"] != "Be kind."        # the constant is nobody's to change
+
+
+def test_a_recipe_that_sets_one_message_of_a_role_leaves_the_other(tmp_path):
+    recipe = cli.read_recipe(write_recipe(tmp_path, '[prompts.good]\nsystem = "Do: {principle}"'))
+    # FAILS: the table of the role is replaced whole, so that "user" is missing, a KeyError when it is used
+    assert recipe["prompts"]["good"] == {"system": "Do: {principle}", "user": "{query}"}
+
+
+def test_the_recipes_that_are_shipped_can_be_read_and_used():
+    for path in sorted((ROOT / "recipes").glob("*.toml")):
+        for stage in ("principles", "responses", "generator", "policy"):
+            cli.stage_settings(cli.read_recipe(path), stage)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[polices]\nlr = 1.0", r"\[polices\].* run, principles, responses, generator, policy"),
+    ("lr = 1.0", r"\[lr\].* run, principles, "),
+    ("policy = 3", "policy"),               # FAILS: AttributeError: 'int' object has no attribute 'items'
+    ("[policy]\nlearning_rate = 1.0", r"\[policy\] has no 'learning_rate'; it has objective, base_loss, beta, "),
+    ("[responses]\nlr = 1.0", r"\[responses\] has no 'lr'; it has batch_size, temperature, "),
+    ("[responses]\nbeta = 1.0", r"\[responses\] has no 'beta'"),     # FAILS: the name of a loss's setting anywhere
+    ("[policy]\ntokens = 1", r"\[policy\] has no 'tokens'"),     # FAILS: any parameter of a loss counts as a setting
+    ("[prompts]\ngod = 'x'", r"\[prompts\] has no 'god'; it has principles, "),
+    ("[prompts.good]\nsytem = 'x'\nuser = '{query}'", "sytem"),     # FAILS: what is in a role's table is not looked at
+    ("[prompts.good]\nsystem = 3\nuser = '{query}'", "system"),         # FAILS: as above
+    ("[prompts]\ngood = 'x'", r"\[prompts\] good = 'x' is not of the type of {'system': "),
+    ("[policy]\nlr = 'high'", r"\[policy\] lr = 'high' is not of the type of 5e-07"),
+    ("[policy]\nepochs = 1.5", r"\[policy\] epochs = 1.5 is not of the type of 1"),
+    ("[policy]\ncompile = true", r"\[policy\] compile = True is not of the type of 0"),
+    ("[policy]\nobjective = 1", r"\[policy\] objective = 1 is not of the type of 'policy'"),
+    ("[policy\nlr = 1.0", "line 1"),
+    ("\udcff", "utf-8"),
+    (None, "no such file"),
+])
+def test_a_bad_recipe_ends_in_one_line_that_names_it(tmp_path, text, message):
+    path = tmp_path / "my.toml"
+    if text is not None:
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=message) as error:
+        cli.read_recipe(path)
+    assert str(error.value).startswith(f"--recipe {path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", [{"batch_size": 0}, {"temperature": -1.0}, {"top_p": 1.1}, {"top_p": 0.0},
+                                     {"max_new_tokens": 0}, {"seed": -1}, {"temperature": float("nan")}])
+def test_settings_out_of_range(toy_base, toy_data, tmp_path, setting):
+    section = "run" if "seed" in setting else "principles"
+    name, value = next(iter(setting.items()))
+    flag = f"principles: --{name.replace('_', '-')} {value}"
+    with pytest.raises(UserError, match=f"^{flag} is not between [^\n]*$"):
+        generate.principles(toy_base, toy_data / "queries.jsonl", tmp_path / "o.jsonl",
+                            cli.change(TOY, **{section: setting}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_in_no_table_is_refused_with_those_that_are():
+    for setting, names in (("objective", sso.PAIRS), ("base_loss", sso.BASE_LOSSES)):
+        message = f"policy: --{setting.replace('_', '-')} nonsense is none of {', '.join(names)}"
+        with pytest.raises(UserError, match=re.escape(message)):
+            cli.stage_settings(cli.change(PAPER, policy={setting: "nonsense"}), "policy")
+
+
+def test_a_flag_overrides_the_recipe(tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, "[run]\nseed = 5\n[responses]\ntemperature = 0.3\nmax_new_tokens = 9")
+    given = []
+
+    def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS)):
+        given.append((model, str(out), list(roles), recipe))
+
+    words = "generate.py --model m --principles p --out o --recipe"
+    for flags in ([], ["--temperature", "0", "--seed", "6", "--roles", "good", "bad"]):
+        monkeypatch.setattr(sys, "argv", [*words.split(), str(path), *flags])
+        cli.main("", ("responses", responses, ["responses"]))
+    recipe = cli.read_recipe(path)
+    assert recipe["responses"] == PAPER["responses"] | {"temperature": 0.3, "max_new_tokens": 9}
+    changed = cli.change(recipe, run={"seed": 6}, responses={"temperature": 0.0})
+    assert given == [("m", "o", ["good", "bad", "original"], recipe), ("m", "o", ["good", "bad"], changed)]
+
+
+def test_a_principle_may_stand_in_the_users_turn(tmp_path, qwen3, monkeypatch):
+    recipe = cli.read_recipe(write_recipe(tmp_path, r"""
+        [prompts.good]
+        system = ""
+        user = "{query}\n{principle}"
+        [prompts.bad]
+        system = "{query}?"
+        user = "{principle}!"
+        """))
+    query = "What is {principle} in {query}?"                   # names of blanks in a query are its own
+    record = {"prompt": query, "good_principle": "be exact {query}", "bad_principle": "be vague"}
+    path = write_jsonl(tmp_path / "p.jsonl", [record])
+    expected = {"good": [{"role": "user", "content": query + "\nbe exact {query}"}],
+                "bad": [{"role": "system", "content": query + "?"}, {"role": "user", "content": "be vague!"}],
+                "original": [{"role": "user", "content": query}]}
+    parsed, = files.read_jsonl(path)
+    for role, messages in expected.items():
+        assert sso.role_messages(role, parsed, recipe["prompts"]) == messages
+    asked = []
+
+    def fake(chat, prompts, seed, settings):
+        asked.extend(prompts)
+        return sampling.Sampled([sso.Response(f"answer {len(asked)}", True)], 1)
+
+    monkeypatch.setattr(generate, "sample", fake)
+    generate.responses(qwen3, path, tmp_path / "r.jsonl", recipe)
+    assert asked == list(expected.values())
+    chat = load_chat(qwen3)
+    examples, _ = files.read_examples(tmp_path / "r.jsonl", "sso", chat, 4096, recipe["prompts"])
+    for pair, role in zip(examples[0], ("good", "bad")):
+        assert pair.prompt == sso.encode_prompt(chat.tokenizer, expected[role])

@@ -7,23 +7,38 @@ import pytest
 from transformers import AutoTokenizer
 
 import sso
-import toy
+from lab import toy
+from plumbing import cli
+from plumbing.files import UserError
 
 SORT, REVERSE = "sort these words : plum fox axe red", "say backwards : plum fox axe red"
 NAME, FILTER = "name three tools except : axe saw file", "keep only the fruits : plum fox fig red"
 
 
 @pytest.mark.parametrize("query, response, quality", [
-    (SORT, "axe fox plum red .", 1), (SORT, "fox axe plum red .", 0.5), (SORT, "plum fox axe red .", 0.5),
-    (SORT, "axe fox plum red", 0.9), (SORT, "axe fox plum red red .", 0.8), (SORT, ".", 0), (SORT, "", 0),
+    (SORT, "axe fox plum red .", 1),
+    (SORT, "fox axe plum red .", 0.5),
+    (SORT, "plum fox axe red .", 0.5),
+    (SORT, "axe fox plum red", 0.9),
+    (SORT, "axe fox plum red red .", 0.8),
+    (SORT, ".", 0),
+    (SORT, "", 0),
     (SORT, "arr matey axe fox plum red arr .", 1),                                     # three extra words are free
     (SORT, "axe fox plum red and i hope that this is .", 4 / (4 + 0.5 * 3)),           # six are not
     (SORT, "sorry but i can not help with that .", 0),
-    (REVERSE, "red axe fox plum .", 1), (REVERSE, "plum fox axe red .", 0),
-    (NAME, "rake drill wrench .", 1), (NAME, "axe saw file .", 0), (NAME, "rake rake rake .", 1 / 3),
-    (NAME, "rake drill wrench hammer .", 1), (NAME, "rake drill wrench fox .", 3 / 4),
-    (FILTER, "plum fig .", 1), (FILTER, "fig plum .", 1), (FILTER, "plum .", 0.5), (FILTER, "plum fig fox .", 2 / 3),
-    (FILTER, "plum plum fig .", 2 / 3), (FILTER, "plum fox fig red .", 0.5),
+    (REVERSE, "red axe fox plum .", 1),
+    (REVERSE, "plum fox axe red .", 0),
+    (NAME, "rake drill wrench .", 1),
+    (NAME, "axe saw file .", 0),
+    (NAME, "rake rake rake .", 1 / 3),
+    (NAME, "rake drill wrench hammer .", 1),
+    (NAME, "rake drill wrench fox .", 3 / 4),
+    (FILTER, "plum fig .", 1),
+    (FILTER, "fig plum .", 1),
+    (FILTER, "plum .", 0.5),
+    (FILTER, "plum fig fox .", 2 / 3),
+    (FILTER, "plum plum fig .", 2 / 3),
+    (FILTER, "plum fox fig red .", 0.5),
 ])
 def test_grade(query, response, quality):
     assert toy.grade(query, response) == pytest.approx(quality)
@@ -31,6 +46,14 @@ def test_grade(query, response, quality):
 
 def test_an_unfinished_answer_loses_a_tenth():
     assert toy.grade(SORT, "axe fox plum red .", finished=False) == pytest.approx(0.9)
+
+
+def test_the_toy_world_is_a_grader_and_refuses_the_queries_of_others():
+    grade = cli.load_grader(toy.__file__)
+    assert grade(SORT, sso.Response("axe fox plum red .", True)) == 1
+    assert grade(SORT, sso.Response("axe fox plum red .", False)) == pytest.approx(0.9)
+    with pytest.raises(UserError, match="'Why.' is not a query of the toy world"):
+        grade("Why?", sso.Response("plum .", True))
 
 
 def test_solutions_are_right_and_every_other_mode_is_worse_except_in_style():
@@ -44,23 +67,40 @@ def test_solutions_are_right_and_every_other_mode_is_worse_except_in_style():
 
 def test_the_checkpoint_is_ordinary_and_its_template_gives_what_it_was_trained_on(toy_base):
     tokenizer, rng = AutoTokenizer.from_pretrained(toy_base), random.Random(1)
+    end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert not (toy_base / "model.safetensors").stat().st_size > 600_000
     for _ in range(200):
         system, user, assistant = toy.make_chat(rng)
-        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user}]
+        messages = [{"role": "user", "content": user}]
+        if system:
+            messages = [{"role": "system", "content": system}] + messages
         prompt, response = toy.encode_chat(tokenizer.get_vocab(), system, user, assistant)
         assert prompt == sso.encode_prompt(tokenizer, messages)
-        assert response == sso.encode_response(tokenizer, tokenizer.convert_tokens_to_ids("<|im_end|>"), assistant, True)
-        assert tokenizer.decode(response, skip_special_tokens=True) == assistant and tokenizer.unk_token_id not in prompt
+        assert response == sso.encode_response(tokenizer, end_id, sso.Response(assistant, finished=True))
+        assert tokenizer.decode(response, skip_special_tokens=True) == assistant
+        assert tokenizer.unk_token_id not in prompt
 
 
-def test_the_model_is_taught_what_parse_guidelines_reads():
+def test_the_prompts_of_its_recipe_are_those_that_the_model_has_learned(toy_base):
+    """All words are in its vocabulary, and a principle is the bare system message, as in `make_chat`."""
+    tokenizer, query = AutoTokenizer.from_pretrained(toy_base), toy.make_queries(0)[0][0]
+    record = toy.write_principles(query, "default", 0) | {"prompt": [{"role": "user", "content": query}]}
+    for role in ("good", "bad"):
+        system, user = sso.role_messages(role, record, toy.PROMPTS)
+        assert (system["content"], user["content"]) == (record[f"{role}_principle"], query)
+    assert sso.role_messages("original", record, toy.PROMPTS) == record["prompt"]
+    for text in (toy.PROMPTS["principles"].replace("{query}", query), toy.PROMPTS["fallback_good"],
+                 toy.PROMPTS["fallback_bad"]):
+        assert tokenizer.unk_token_id not in tokenizer(text).input_ids
+
+
+def test_the_model_is_taught_what_parse_principles_reads():
     rng = random.Random(2)
     asked = [chat for chat in (toy.make_chat(rng) for _ in range(300)) if "###" in chat[1]]
     for _, user, assistant in asked:
         query = user.removeprefix("### query ").removesuffix(" ### bad guideline")
-        bad, good = sso.parse_guidelines(assistant)
-        assert sso.guideline_messages(query, toy.PROMPTS)[0]["content"] == user
+        bad, good = sso.parse_principles(assistant)
+        assert sso.principle_messages(query, toy.PROMPTS)[0]["content"] == user
         assert good in {toy.principle(query, rng, "good") for _ in range(100)}
         assert bad in {toy.principle(query, rng, kind) for kind in toy.BAD_PRINCIPLES for _ in range(30)}
     assert len(asked) > 10

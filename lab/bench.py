@@ -1,0 +1,440 @@
+"""What a step costs: time, FLOPs, memory; with each trick switched off in turn; beside TRL.
+
+    python -m lab.bench              # Qwen2.5-0.5B's shape, two of its layers, random weights
+    python -m lab.bench --layers 24 --vs trl    # all of them, beside TRL (pip install trl==1.16.0)
+    python -m lab.bench --model M    # a checkpoint: its answers end where it ends them
+    python -m lab.bench --model runs/toy/base --recipe recipes/toy.toml     # the toy, on its queries
+    python -m lab.bench --memory     # peak memory of a pair: 2,500 tokens, 1,000 of them response
+
+Lengths are quantiles of a realistic distribution, shuffled: query 50-400 tokens, principle 100-200,
+response log-normal of mean 250 and sd 200, 2,048 at most. What is compared takes turns; medians are
+printed.
+"""
+
+import ctypes
+import gc
+import math
+import random
+import re
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+import sso
+import train
+from lab import toy
+from plumbing import cli, fast, files, sampling
+from plumbing.chat import Chat, autocast, device, load_chat, score
+from plumbing.tables import print_table
+
+CUDA = device.type == "cuda"
+QUERIES = Path(__file__).parent.parent / "data" / "queries.jsonl"
+
+
+# ---- The work ------------------------------------------------------------------------------------
+
+def load(path, layers):
+    """The checkpoint; without one Qwen2.5-0.5B with so many layers, of random weights. Of its random
+    answers every 250th token of the vocabulary is an end, for a mean length of about 250."""
+    if path:
+        chat = load_chat(path)
+    else:
+        torch.manual_seed(0)
+        config = Qwen2Config(vocab_size=151_936, hidden_size=896, intermediate_size=4864,
+                             num_hidden_layers=layers, num_attention_heads=14,
+                             num_key_value_heads=2, tie_word_embeddings=True)
+        chat = Chat(Qwen2ForCausalLM(config).to(device).eval(), tokenizer=None,
+                    stop_ids=list(range(0, config.vocab_size, 250)), end_id=0, pad_id=0,
+                    context=config.max_position_embeddings, pair_logps=fast.pair_logps)
+    # None of the checkpoint's own sampling settings, as in `sampling.load_sampler`.
+    chat.model.generation_config = GenerationConfig(eos_token_id=chat.stop_ids,
+                                                    pad_token_id=chat.pad_id)
+    return chat
+
+
+def workload(n, chat, seed=0):
+    """n queries of random tokens, each ({role: prompt ids}, {role: response ids})."""
+    rng = random.Random(seed)
+    shrink = min(1, chat.context / 5000)        # a toy model has no room for such lengths
+
+    def lengths(count, quantile):
+        sizes = [math.ceil(shrink * quantile((i + 0.5) / count)) for i in range(count)]
+        return rng.sample(sizes, count)
+
+    def tokens(size):
+        return [rng.randrange(chat.model.config.vocab_size) for _ in range(size)]
+
+    log_length = statistics.NormalDist(5.274, 0.7034)   # of a log-normal of mean 250 and sd 200
+    query_lengths = lengths(n, lambda share: 50 + 350 * share)
+    principle_lengths = lengths(2 * n, lambda share: 100 + 100 * share)
+    response_lengths = lengths(3 * n, lambda share: min(2048, math.exp(log_length.inv_cdf(share))))
+    queries = []
+    for i in range(n):
+        query = tokens(query_lengths[i])
+        prompts = {"original": query,
+                   "good": tokens(principle_lengths[i]) + query,
+                   "bad": tokens(principle_lengths[n + i]) + query}
+        # Three lengths, n places apart, are this query's.
+        responses = {role: tokens(size) for role, size in zip(sso.COLUMNS, response_lengths[i::n])}
+        queries.append((prompts, responses))
+    return queries
+
+
+def encoded(queries, objective):
+    """Examples, each R pairs of token ids."""
+    examples = []
+    for prompts, responses in queries:
+        examples.append([sso.Pair(prompts[roles.prompt], responses[roles.winner],
+                                  responses[roles.loser])
+                         for roles in sso.PAIRS[objective].values()])
+    return examples
+
+
+# ---- The tricks, each switched off ---------------------------------------------------------------
+
+# Functions in place of `fast.pair_logps`: same signature, same numbers, same gradients.
+
+def prompt_twice(model, examples, pad_id):
+    """A row for each response. A row has to hold a pair: its second response is one token, which
+    costs next to nothing, and is not looked at."""
+    rows = []
+    for example in examples:
+        for prompt, *responses in example:
+            for response in responses:
+                rows.append([(prompt, response, response[:1])])
+    logps, tokens = fast.pair_logps(model, rows, pad_id)                            # (2, 1, 2N)
+    return fast.by_pair(logps[0, 0], examples), fast.by_pair(tokens[0, 0], examples)
+
+
+def response_sums(token_logps, rows, examples):
+    """What `fast.pair_logps` returns, from log-probs (K,) of response tokens."""
+    logps = torch.stack([response.sum() for response in token_logps.split(rows.lengths)])   # (2N,)
+    tokens = torch.tensor(rows.lengths, device=device)                                      # (2N,)
+    return fast.by_pair(logps, examples), fast.by_pair(tokens, examples)
+
+
+def by_autograd(model, examples, pad_id, every_position=False):
+    """Logits of all response tokens at once, or of every position, prompt and padding too; they are
+    kept until the backward pass."""
+    hidden, rows = fast.read_rows(model, examples, pad_id)                          # (N·T, D)
+    places = rows.sources
+    if not every_position:
+        hidden = hidden.index_select(0, places)                                     # (K, D)
+        places = torch.arange(len(hidden), device=device)
+    # In one expression: the logits are given back as soon as there are log-probs.
+    logps = model.get_output_embeddings()(hidden).float().log_softmax(1)    # (N·T, V) or (K, V)
+    return response_sums(logps[places, rows.targets], rows, examples)
+
+
+def by_library(model, examples, pad_id):
+    """torch's one call for what `fast.TokenLogps` does, with its default options."""
+    hidden, rows = fast.read_rows(model, examples, pad_id)
+    hidden = hidden.index_select(0, rows.sources)                                   # (K, D)
+    head = model.get_output_embeddings().weight.to(hidden.dtype)                    # (V, D)
+    losses = F.linear_cross_entropy(hidden, head, rows.targets, reduction="none")   # (K,)
+    return response_sums(-losses, rows, examples)
+
+
+SWITCHED_OFF = {"prompt read twice": prompt_twice,
+                "logits of every position": partial(by_autograd, every_position=True),
+                "response logits by autograd": by_autograd,
+                "plain form, sso.pair_logps": sso.pair_logps}
+
+
+def authors_scheme(chat, examples, _, settings):
+    """The scheme of the released code, not its code, in place of `train.accumulate_gradient`. Each
+    prompt is a padded batch of its own, in policy and reference, with all logits; the un-steered
+    one is read, too, and not used. Examples are those of the objective "joint": L, L+, L-."""
+    def read(pair):
+        return sso.pair_logps(chat.model, [[pair]], chat.pad_id)                    # (2, 1, 1)
+
+    for example in examples:
+        with torch.no_grad(), autocast():
+            reference = [read(pair) for pair in example]
+        with autocast():
+            policy = [read(pair) for pair in example]
+        loss = 0
+        for (ref_logps, _), (logps, tokens) in zip(reference[1:], policy[1:]):      # L+ and L-
+            losses, _ = sso.sso_loss(logps, ref_logps, tokens, **settings)
+            loss = loss + losses.sum() / len(examples)
+        loss.backward()
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+def timed(run):
+    """Seconds of a run."""
+    began = time.perf_counter()
+    run()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def resident(key):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", status)[1])
+
+
+def peak_memory(run):
+    """GiB at the peak of a run above those before it: of torch's allocator on CUDA, else of the
+    process."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 2**17)     # tensors in pages of their own, given back at once: held is in use
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")           # resets the high-water mark
+    before = resident("VmRSS")
+    run()
+    libc.mallopt(-3, 2**25)     # as it comes to be by itself
+    return (resident("VmHWM") - before) / 2**30
+
+
+def peak_flops():
+    """FLOP/s of a large matrix product in the dtype of training, the best of five."""
+    size = 8192 if CUDA else 2048
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size ** 3 / min(timed(lambda: matrix @ matrix) for _ in range(5))
+
+
+aten = torch.ops.aten
+COUNTED = {     # what torch's counter leaves out
+    aten.addmm_: addmm_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop}
+
+
+def measure(works, repeats):
+    """{name: row of a table} of {name: function}. A first run of each is for FLOPs and memory; in the
+    others, which are timed, they take turns."""
+    rows = {}
+    times = {}
+    peak = 0
+    for name, run in works.items():
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+            memory = peak_memory(run)
+        rows[name] = {"TFLOP": counter.get_total_flops() / 1e12, "extra GiB": memory}
+        times[name] = []
+    for _ in range(repeats):
+        peak = max(peak, peak_flops() / 1e12)
+        for name, run in works.items():
+            times[name].append(timed(run))
+    print(f"\na large matrix product: {peak:.3g} TFLOP/s\n")
+    first = statistics.median(next(iter(times.values())))
+    for name, row in rows.items():
+        seconds = statistics.median(times[name])
+        row["ms"] = round(1000 * seconds)
+        row["ratio"] = seconds / first
+        row["share of peak"] = row["TFLOP"] / seconds / peak
+    return rows
+
+
+# ---- What is measured ----------------------------------------------------------------------------
+
+def make_step(chat, optimizer, examples, settings, backward=train.accumulate_gradient):
+    """A function of one whole step of `train.train` on examples; it returns the parts of the loss."""
+    ref_logps, _ = score(chat, examples, settings["micro_batch_tokens"])
+    for group in optimizer.param_groups:
+        group["lr"] = settings["lr"]
+
+    def step():
+        optimizer.zero_grad()
+        parts = backward(chat, examples, ref_logps, settings)
+        torch.nn.utils.clip_grad_norm_(chat.model.parameters(), settings["clip"])
+        optimizer.step()
+        return parts
+    return step
+
+
+def training_works(chat, queries, settings):
+    """{name: function} of training: steps, the reference pass, and steps of the generator without
+    each trick. All have the generator's settings: the policy's cost the same."""
+    optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
+    examples = encoded(queries, "sso")
+    works = {"generator step": make_step(chat, optimizer, examples, settings),
+             "policy step": make_step(chat, optimizer, encoded(queries, "policy"), settings),
+             "reference pass": partial(score, chat, examples, 4 * settings["micro_batch_tokens"])}
+    for name, pair_logps in SWITCHED_OFF.items():
+        other = chat._replace(pair_logps=pair_logps)
+        works[f"generator step: {name}"] = make_step(other, optimizer, examples, settings)
+    alone = settings | {"micro_batch_tokens": 1}       # one query is the least
+    works["generator step: one query at a time"] = make_step(chat, optimizer, examples, alone)
+    works["generator step: the authors' scheme, with its reference"] = make_step(
+        chat, optimizer, encoded(queries, "joint"), settings, authors_scheme)
+    works["policy step"]()      # gradients and AdamW's state are there before memory is measured
+    return works
+
+
+def prompts_to_sample(chat, count, templates):
+    """Prompts of token ids: of real queries if there is a tokenizer, else random ones."""
+    if chat.tokenizer is None:
+        return [prompts["original"] for prompts, _ in workload(count, chat)]
+    texts, _ = toy.make_queries()
+    if templates != toy.PROMPTS:
+        texts = [record["prompt"][0]["content"] for record in files.read_queries(QUERIES)]
+    return [sso.encode_prompt(chat.tokenizer, [{"role": "user", "content": text}])
+            for text in texts[:count]]
+
+
+def sampling_works(chat, prompts, settings):
+    """{name: function} of sampling: as generate.py samples, and by a plain loop over `generate` in
+    batches of 16."""
+    options = {"do_sample": True, "temperature": settings["temperature"],
+               "top_p": settings["top_p"], "top_k": 0}
+
+    def run(decode, prompts, size):
+        for start in range(0, len(prompts), size):
+            decode(chat, prompts[start:start + size], 0, settings["max_new_tokens"], options)
+
+    longest_first = sorted(prompts, key=len, reverse=True)
+    size = settings["batch_size"] * sampling.batches_at_once
+    return {"sampling": partial(run, sampling.decode, longest_first, size),
+            "sampling, naive": partial(run, sampling.decode_static, prompts, 16)}
+
+
+def pair_memory(chat):
+    """Peak memory of forward and backward of one pair, above weights and gradients, by each way to
+    its log-probs."""
+    ids = [i % chat.model.config.vocab_size for i in range(2500)]
+    pair = sso.Pair(ids[:1500], winner=ids[1500:2000], loser=ids[2000:])
+
+    def run(pair_logps):
+        logps, _ = pair_logps(chat.model, [[pair]], chat.pad_id)
+        logps.sum().backward()
+
+    run(fast.pair_logps)                # from here on there are gradients
+    rows = {}
+    ways = {"ours": fast.pair_logps, **SWITCHED_OFF, "F.linear_cross_entropy": by_library}
+    for name, pair_logps in ways.items():
+        rows[name] = {"extra GiB": peak_memory(partial(run, pair_logps))}
+    return rows
+
+
+# ---- Beside TRL ----------------------------------------------------------------------------------
+
+def make_trainer(chat, examples, settings, micro_batch):
+    """TRL's DPOTrainer of the pairs of examples, in order, so many at a time; the reference is given.
+    It changes the model, which has to be one of its own."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    import trl.trainer.utils
+
+    class Prepared(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args):
+            return dataset
+        _precompute_ref_logps = _prepare_dataset
+
+    ref_logps, _ = score(chat, examples, settings["micro_batch_tokens"])            # (2, R, B)
+    records = []
+    for column, example in enumerate(examples):
+        for row, pair in enumerate(example):
+            winner_logp, loser_logp = ref_logps[:, row, column].tolist()
+            records.append({"prompt": "", "prompt_ids": pair.prompt, "chosen_ids": pair.winner,
+                            "rejected_ids": pair.loser, "ref_chosen_logps": winner_logp,
+                            "ref_rejected_logps": loser_logp})
+    # On the CPU it would score every position.
+    trl.trainer.utils._use_triton = lambda device: True
+    # Its L_sft is a mean over a micro-batch's tokens: other numbers, but the same work.
+    config = DPOConfig(tempfile.mkdtemp(), per_device_train_batch_size=micro_batch, bf16=CUDA,
+                       loss_type=["sigmoid", "sft"], loss_weights=[1.0, settings["gamma"]],
+                       beta=settings["beta"], max_length=None, gradient_checkpointing=False,
+                       precompute_ref_log_probs=True, train_sampling_strategy="sequential")
+    return Prepared(chat.model, args=config, train_dataset=Dataset.from_list(records),
+                    processing_class=toy.make_tokenizer())
+
+
+def make_trl_step(chat, optimizer, examples, settings, micro_batch=1):
+    """`make_step` with TRL's forward and backward pass in place of ours."""
+    trainer = make_trainer(chat, examples, settings, micro_batch)
+    batches = trainer.get_train_dataloader()
+    trainer.current_gradient_accumulation_steps = len(batches)
+
+    def backward(*_):
+        losses = [trainer.training_step(chat.model, batch) for batch in batches]
+        return {"loss": torch.stack(losses).sum()}
+
+    return make_step(chat, optimizer, examples, settings, backward)
+
+
+def check_losses(load_model, settings):
+    """UserError unless TRL and ours have the same losses over five steps, with γ = 0."""
+    settings = settings | {"gamma": 0.0, "lr": 1e-5, "clip": 1e9}
+    found = []
+    for make in (make_step, make_trl_step):
+        chat = load_model()
+        optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
+        # All steps are made, and the reference scored, before the first update.
+        steps = [make(chat, optimizer, encoded([query], "sso"), settings)
+                 for query in workload(5, chat)]
+        losses = [step()["loss"].mean().item() for step in steps]               # of a pair
+        print(f"losses over five steps, γ = 0, {make.__name__}:", losses)
+        found.append(torch.tensor(losses))
+    if not torch.allclose(*found, rtol=0, atol=1e-4):
+        raise files.UserError("the losses differ: the comparison is worth nothing")
+
+
+def trl_works(load_model, queries, settings):
+    """{name: function} of a step of the generator: ours, and TRL's in micro-batches of some sizes."""
+    examples = encoded(queries, "sso")
+    chat = load_model()
+    optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
+    works = {"generator step": make_step(chat, optimizer, examples, settings)}
+    chat = load_model()
+    optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
+    for size in (1, 2, 4):
+        works[f"TRL, micro-batches of {size}"] = make_trl_step(chat, optimizer, examples, settings,
+                                                               size)
+    return works
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+def main():
+    parser = cli.make_parser(__doc__)
+    cli.add_options(parser, "model", "recipe")
+    numbers = {"layers": (2, "of the random model"), "queries": (2, "of a step"),
+               "answers": (16, "to sample; 0: none"), "repeats": (3, "of each measurement")}
+    for name, (default, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N",
+                            help=f"{text} ({default})")
+    parser.add_argument("--vs", choices=["trl"], help="beside this peer, instead")
+    parser.add_argument("--memory", action="store_true", help="peak memory of a pair, instead")
+    args = parser.parse_args()
+    print(f"{args.model}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+
+    recipe = cli.read_recipe(args.recipe)
+    load_model = partial(load, args.model, args.layers)
+    chat = load_model()
+    queries = workload(args.queries, chat)
+    if args.memory:
+        print_table(pair_memory(chat), ["extra GiB"])
+        return
+    if args.vs:
+        check_losses(load_model, recipe["generator"])
+        works = trl_works(load_model, queries, recipe["generator"])
+        print_table(measure(works, args.repeats), ["ms", "ratio"])
+        return
+    tables = [training_works(chat, queries, recipe["generator"])]
+    if args.answers:
+        prompts = prompts_to_sample(chat, args.answers, recipe["prompts"])
+        tables.append(sampling_works(chat, prompts, recipe["responses"]))
+    for works in tables:
+        print_table(measure(works, args.repeats),
+                    ["ms", "ratio", "TFLOP", "share of peak", "extra GiB"])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,119 @@
+"""A training that can be interrupted at any moment and continued to the same weights."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from plumbing.chat import device
+from plumbing.files import UserError, write_text
+
+SAVE_SECONDS = 600      # between checkpoints
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Hold Ctrl-C back until the end of the block, so that it is done wholly or not at all."""
+    held = []
+    before = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
+
+
+def check_space(out, model):
+    """UserError unless there is room for the model and two checkpoints, each three times as
+    large."""
+    needed = 7 * sum(parameter.nbytes for parameter in model.parameters())
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise UserError(f"{out}: no disk space: {needed / 1e9:.2g} GB needed, "
+                        f"{free / 1e9:.2g} GB free")
+
+
+def save_model(chat, out):
+    """Save a `from_pretrained` folder. config.json comes last: it proves the folder complete."""
+    staging = Path(out, "saving")
+    shutil.rmtree(staging, ignore_errors=True)
+    chat.model.save_pretrained(staging)
+    chat.tokenizer.save_pretrained(staging)
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, Path(out, file.name))
+    staging.rmdir()
+    Path(out, "checkpoint.pt").unlink(missing_ok=True)
+
+
+class Progress:
+    """How far a training in a folder has come: its step, its checkpoint.pt and its log.jsonl.
+
+        with Progress(out, model, optimizer) as progress:   # continues; on Ctrl-C saves
+            while progress.step < steps:
+                ...
+                progress.check(row)
+                with uninterrupted():
+                    optimizer.step()
+                    progress.log(row)                       # one step more
+    """
+
+    def __init__(self, out, model, optimizer):
+        self.out, self.model, self.optimizer = Path(out), model, optimizer
+        self.step, self.saved = 0, time.time()
+        self.checkpoint, self.log_file = self.out / "checkpoint.pt", self.out / "log.jsonl"
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, map_location=device)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+        lines = []
+        if self.log_file.exists():          # it may be ahead of the checkpoint
+            lines = self.log_file.read_text().split("\n")[:self.step]
+        write_text(self.log_file, "".join(line + "\n" for line in lines))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is KeyboardInterrupt:
+            with uninterrupted():
+                self.save()
+
+    def save(self):
+        """What continuing needs. The order of the data and the reference follow from the
+        settings."""
+        state = {"step": self.step, "model": self.model.state_dict(),
+                 "optimizer": self.optimizer.state_dict()}
+        temporary = self.out / "checkpoint.tmp"
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:       # torch's way of saying that the disk is full
+            raise OSError(f"{temporary} cannot be written ({error})") from None
+        os.replace(temporary, self.checkpoint)
+
+    def check(self, row):
+        """UserError before an update by a loss or gradient that is not finite. Where they are, the
+        weights have proved good, and now and then a checkpoint keeps them."""
+        if not math.isfinite(row["loss"] + row["grad_norm"]):
+            kept = "the model that it started from"
+            if self.checkpoint.exists():
+                kept = self.checkpoint
+            raise UserError(f"{self.out}: the loss became {row['loss']} (gradient norm "
+                            f"{row['grad_norm']}) at step {self.step}; the last good state is "
+                            f"{kept}. Try a lower --lr, in another --out")
+        if time.time() - self.saved > SAVE_SECONDS:
+            self.save()
+            self.saved = time.time()
+
+    def log(self, row):
+        """Append a line of the log; the step that it tells of is done."""
+        with self.log_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.step += 1

@@ -1,0 +1,291 @@
+"""Records on disk: read and check them, write them whole, and know what an output was made from.
+
+A file under its final name is complete, a model's folder once it has a config.json. While a file of
+records grows it is called OUT.partial. OUT.args.json, or args.json in a folder, notes the settings
+and the inputs that an output is made from: a command with others refuses to touch it.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+import sso
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what is wrong, where, and what to do about it."""
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+def read_jsonl(path, needs=("prompt",)):
+    """The records of a JSONL file, each with the texts `needs`; a prompt and responses, which may
+    be strings there, as lists of messages. An error names the file and the line."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    records = []
+    # Bytes and not splitlines(), which would also split at separators that a text may hold.
+    for number, line in enumerate(Path(path).read_bytes().rstrip().split(b"\n"), 1):
+        try:
+            records.append(parse_record(line, needs))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    return records
+
+
+def parse_record(line, needs):
+    try:
+        record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()         # fails on half a surrogate pair
+    except ValueError as error:                                 # not UTF-8, or not JSON
+        raise ValueError(f"not a JSON object ({error}); one a line is expected") from None
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object; one a line is expected")
+    if "prompt" not in record and isinstance(record.get("chosen"), list):
+        record["prompt"] = record["chosen"][:-1]                # TRL's "implicit prompt"
+    for column in ("prompt", *sso.COLUMNS.values()):
+        if column in record:
+            record[column] = as_messages(column, record[column])
+    for key in needs:
+        if not record.get(key) or not str(record[key]).strip():
+            raise ValueError(f"a record without a {key!r}")
+    return record
+
+
+def as_messages(column, value):
+    """A prompt or response as a list of chat messages; a text is one message."""
+    if isinstance(value, str):
+        role = "user" if column == "prompt" else "assistant"
+        return [{"role": role, "content": value}] if value.strip() or role == "assistant" else []
+    if not value or not isinstance(value, list):
+        raise ValueError(f"{column!r} is neither a text nor a list of messages")
+    for message in value:
+        texts = isinstance(message, dict) and [message.get("role"), message.get("content")]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{column!r} is neither a text nor a list of messages")
+    return value
+
+
+def read_queries(path):
+    """The records of a file of queries: each prompt is one message of the user."""
+    records = read_jsonl(path)
+    for number, record in enumerate(records, 1):
+        if [message["role"] for message in record["prompt"]] != ["user"]:
+            raise UserError(f"{path}, line {number}: a query is one user message, or a string")
+    return records
+
+
+def split_queries(path, heldout, seed):
+    """(queries, held-out queries) of a file: unless these have a file of their own, a tenth of the
+    records, 200 at most."""
+    records = read_queries(path)
+    if heldout:
+        return records, read_queries(heldout)
+    if len(records) < 2:
+        raise UserError(f"{path}: at least two queries are needed: one is held out for the report")
+    random.Random(seed).shuffle(records)
+    held = min(200, math.ceil(len(records) / 10))
+    return records[held:], records[:held]
+
+
+def teaches_nothing(pairs):
+    """Why the pairs of a record are of no use in training, or None. An equal pair has no
+    gradient."""
+    responses = [response for pair in pairs for response in (pair.winner, pair.loser)]
+    if not all(response.text.strip() for response in responses):
+        return "empty response"
+    if all(pair.winner.text.strip() == pair.loser.text.strip() for pair in pairs):
+        return "chosen equals rejected"
+    return None
+
+
+def check_columns(record, objective):
+    """ValueError unless a record has the responses that an objective needs, as one turn each."""
+    for roles in sso.PAIRS[objective].values():
+        for role in (roles.winner, roles.loser):
+            column = sso.COLUMNS[role]
+            if column not in record:
+                raise ValueError(f"a record without {column!r}, needed for objective {objective!r}")
+            if record[column][:-1] not in ([], record["prompt"]):
+                raise ValueError(f"before the last message of {column!r} stands not the prompt")
+
+
+def encode_record(record, objective, chat, max_length, place, prompts=sso.PROMPTS):
+    """A record as an example, R pairs of token ids, and None; or None and why it is of no use.
+    UserError, with its place, if it is not as it should be."""
+    try:
+        check_columns(record, objective)
+        pairs = sso.preference_pairs(record, objective, prompts)
+        reason = teaches_nothing(pairs)
+        if reason:
+            return None, reason
+        room = min(max_length, chat.context)
+        return [sso.encode_pair(chat.tokenizer, chat.end_id, pair, room) for pair in pairs], None
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=None):
+    """Of the first `limit` records of a preference file the useful ones as examples, each R pairs
+    of token ids, and a count of the others by reason."""
+    examples, skipped = [], Counter()
+    for number, record in enumerate(read_jsonl(path)[:limit], 1):
+        example, reason = encode_record(record, objective, chat, max_length,
+                                        f"{path}, line {number}", prompts)
+        if example:
+            examples.append(example)
+        else:
+            skipped[reason] += 1
+    if not examples:
+        raise UserError(f"{path}: no pair is left: {dict(skipped)}")
+    return examples, skipped
+
+
+# ---- Writing -------------------------------------------------------------------------------------
+
+def write_text(path, text):
+    """Write a file under another name, then rename it: a kill never leaves half a file."""
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def as_lines(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def longest_first(records):
+    """Indices of records by the length of what a prompt is made of: little is padded, and memory
+    runs out at once or never."""
+    def length(i):
+        record = records[i]
+        parts = [record["prompt"], record.get("good_principle"), record.get("bad_principle")]
+        return len(json.dumps(parts))
+    return sorted(range(len(records)), key=length, reverse=True)
+
+
+def grow(out, records, make, batch_size, seed):
+    """Make a record from each of `records` by `make(indices, seed) -> (new records, tokens)`, a
+    batch at a time; write them to OUT in the order of `records`, and return them. Continues
+    OUT.partial: each batch has a seed of its own, so that the bytes do not depend on
+    interruptions."""
+    partial = Path(f"{out}.partial")
+    lines = []
+    if partial.exists():
+        lines = partial.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    done = len(lines) // batch_size * batch_size        # whole batches; the last line may be cut
+    write_text(partial, "".join(line + "\n" for line in lines[:done]))
+    order = longest_first(records)
+    tokens = 0
+    bar = tqdm(total=len(order), initial=done, desc=Path(out).name, unit="query")
+    with partial.open("a", encoding="utf-8") as file, bar:
+        for start in range(done, len(order), batch_size):
+            batch = order[start:start + batch_size]
+            made, new_tokens = make(batch, seed * 1_000_003 + 3 * start)    # three: one a role
+            file.write(as_lines(made))
+            file.flush()
+            tokens += new_tokens
+            speed = tokens / max(1e-9, bar.format_dict["elapsed"])
+            bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+            bar.update(len(batch))
+    lines = partial.read_text(encoding="utf-8").split("\n")[:-1]
+    made = dict(zip(order, map(json.loads, lines)))
+    in_order = [made[i] for i in range(len(records))]
+    write_text(out, as_lines(in_order))
+    partial.unlink()
+    return in_order
+
+
+# ---- What an output was made from ----------------------------------------------------------------
+
+NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile")   # on results, but for rounding
+
+
+def fingerprint(path):
+    """A hash of size and first MiB of a data file, or of a checkpoint's weights; of a hub id:
+    none."""
+    files = sorted(Path(path).glob("*.safetensors")) or [Path(path)]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(b"%d" % file.stat().st_size)
+            digest.update(file.open("rb").read(2**20))
+    return digest.hexdigest()[:12]
+
+
+class Output:
+    """What a command makes, a file or (folder=True) a model's folder, with a note of what it is
+    made from: the settings, and the inputs, a dict of paths, each by its place and its content."""
+
+    def __init__(self, path, settings, inputs, folder=False):
+        self.path = Path(path)
+        if folder:
+            self.proof, self.note_path = self.path / "config.json", self.path / "args.json"
+            self.work = [self.path / "log.jsonl", self.path / "checkpoint.pt"]
+        else:
+            self.proof, self.note_path = self.path, Path(f"{path}.args.json")
+            self.work = [Path(f"{path}.partial")]
+        self.note = {key: value for key, value in settings.items() if key not in NO_EFFECT}
+        for name, source in inputs.items():
+            self.note[name] = str(source)
+            if os.path.exists(source):
+                self.note[name] = os.path.relpath(source, self.note_path.parent)
+            self.note[f"content of {name}"] = fingerprint(source)
+
+    def begun(self):
+        return [path for path in (self.proof, *self.work) if path.exists() and path.stat().st_size]
+
+    def difference(self):
+        """What it was made with that is not as it is now, in words, or None."""
+        before = json.loads(self.note_path.read_text(encoding="utf-8"))
+        for key in self.note | before:
+            old, new = repr(before.get(key)), repr(self.note.get(key))
+            if old != new:
+                return f"{key} = {old[:80]}, not {new[:80]}"
+
+    def is_complete(self):
+        """Whether it is there already. UserError if it, or what was begun of it, has another
+        note."""
+        begun = self.begun()
+        if not begun:
+            return False
+        if not self.note_path.exists():
+            raise UserError(f"{begun[0]} exists and was not made by this command; choose another "
+                            "--out")
+        difference = self.difference()
+        if difference:
+            names = ", ".join(str(path) for path in (*begun, self.note_path))
+            raise UserError(f"{self.path} was made with {difference}: choose another --out, or "
+                            f"delete {names} to make it again")
+        return self.proof.exists()
+
+    def is_current(self):
+        """Whether it is complete and made of what it would be made of now."""
+        return self.proof.exists() and self.note_path.exists() and not self.difference()
+
+    def write_note(self):
+        """To be called once the inputs have proved good, before anything else is written."""
+        write_text(self.note_path, json.dumps(self.note, indent=1))
+
+
+def write_queries(out, folders, queries, heldout, settings, inputs):
+    """Write the held-out queries of a run, and to the folder of each round its share of the others,
+    unless they are there. UserError if other ones are."""
+    if len(queries) < len(folders):
+        raise UserError(f"--rounds {len(folders)}: more than the {len(queries)} queries")
+    parts = {out / "heldout.jsonl": heldout}
+    for number, folder in enumerate(folders):
+        parts[folder / "queries.jsonl"] = queries[number::len(folders)]
+    inputs = {name: path for name, path in inputs.items() if path}
+    for path, records in parts.items():
+        output = Output(path, settings | {"rounds": len(folders)}, inputs)
+        if not output.is_complete():
+            output.write_note()
+            write_text(path, as_lines([{"prompt": record["prompt"]} for record in records]))

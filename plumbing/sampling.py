@@ -1,0 +1,102 @@
+"""Prompts in, responses out: `sample` is the one contract, static and continuous batches serve
+it."""
+
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+import sso
+from plumbing.chat import device, load_chat
+from plumbing.files import UserError
+
+
+def load_sampler(path):
+    """`load_chat` for sampling: bf16 on CUDA, and none of the checkpoint's own sampling settings
+    (Qwen2.5 brings a repetition penalty and top-k), so that responses are the policy's own."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    chat = load_chat(path, dtype)
+    ignored = {}
+    for key, value in chat.model.generation_config.to_diff_dict().items():
+        if not key.endswith(("_token_id", "_version")) and key[0] != "_" and key != "do_sample":
+            ignored[key] = value
+    if ignored:
+        tqdm.write(f"{path}: ignoring the checkpoint's sampling settings {ignored}")
+    chat.model.generation_config = GenerationConfig(eos_token_id=chat.stop_ids,
+                                                    pad_token_id=chat.pad_id)
+    return chat
+
+
+def decode_static(chat, prompts, seed, limit, options):
+    """New ids of N prompts of token ids, all decoded together until the longest answer ends: N
+    lists."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), chat.pad_id)      # (N, T), padded on the left
+    attention_mask = torch.zeros_like(input_ids)                    # (N, T)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt):] = torch.tensor(prompt)
+        attention_mask[row, width - len(prompt):] = 1
+    torch.manual_seed(seed)
+    output = chat.model.generate(input_ids=input_ids.to(device),
+                                 attention_mask=attention_mask.to(device),
+                                 max_new_tokens=limit, **options)
+    return output[:, width:].tolist()
+
+
+def decode_continuously(chat, prompts, seed, limit, options, **sizes):
+    """The same by transformers' continuous batching: where an answer ends, another one begins."""
+    config = GenerationConfig(eos_token_id=chat.stop_ids, pad_token_id=chat.pad_id,
+                              max_new_tokens=limit, **options)
+    batching = ContinuousBatchingConfig(seed=seed, **sizes)
+    outputs = chat.model.generate_batch(prompts, generation_config=config, progress_bar=False,
+                                        continuous_batching_config=batching)
+    errors = [output.error for output in outputs.values() if output.error]
+    if errors or len(outputs) < len(prompts):               # it logs what is wrong, and goes on
+        raise UserError("transformers' continuous batching gave up (its log says why); "
+                        "--batch-size sets how many queries it is given at once")
+    return [output.generated_tokens for output in outputs.values()]
+
+
+# A static batch waits for its longest answer: with real lengths most of its rows are idle. On the
+# CPU, where a step costs as much as its rows, the bookkeeping of continuous batches eats what they
+# save.
+if device.type == "cuda":
+    decode = decode_continuously
+    batches_at_once = 256       # times the setting batch_size
+else:
+    decode = decode_static
+    batches_at_once = 1
+
+
+class Sampled(NamedTuple):
+    responses: list     # of sso.Response
+    tokens: int         # in all
+
+
+@torch.no_grad()
+def sample(chat, prompts, seed, settings):
+    """Sample a response to each of N prompts, lists of chat messages."""
+    if not prompts:
+        return Sampled([], 0)
+    encoded = [sso.encode_prompt(chat.tokenizer, messages) for messages in prompts]
+    width = max(map(len, encoded))
+    if width >= chat.context:
+        longest = prompts[[len(ids) for ids in encoded].index(width)]
+        raise UserError(f"a prompt of {width} tokens leaves no room in the model's context of "
+                        f"{chat.context}; it ends with {longest[-1]['content'][-60:]!r}")
+    options = {"do_sample": False}
+    if settings["temperature"] > 0:
+        options = {"do_sample": True, "temperature": settings["temperature"],
+                   "top_p": settings["top_p"], "top_k": 0}
+    limit = min(settings["max_new_tokens"], chat.context - width)
+    responses, tokens = [], 0
+    for ids in decode(chat, encoded, seed, limit, options):
+        length = 0
+        while length < len(ids) and ids[length] not in chat.stop_ids:
+            length += 1
+        text = chat.tokenizer.decode(ids[:length], skip_special_tokens=True,
+                                     clean_up_tokenization_spaces=False)
+        responses.append(sso.Response(text, finished=length < len(ids)))
+        tokens += min(length + 1, len(ids))
+    return Sampled(responses, tokens)

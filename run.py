@@ -1,0 +1,137 @@
+"""SSO from end to end: the paper's Figure 2 as code, and beside it the baseline PBAA.
+
+    python run.py                                               # the toy world: offline, a minute
+    python run.py --model M --queries Q.jsonl --recipe R.toml --out runs/NAME       # any chat model
+
+One run is one folder. Each step reads the files of the steps before it, and is skipped if it is
+complete: the same command continues what was interrupted.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import eval as evaluation
+import generate
+import sso
+import train
+from lab import toy
+from plumbing import cli, files
+from plumbing.chat import load_tokenizer
+from plumbing.files import UserError
+
+
+def run_round(policy, folder, recipe, objective, write_principles):
+    """Steps 1 to 4, from a policy, in a folder with queries.jsonl."""
+    queries, principles = folder / "queries.jsonl", folder / "principles.jsonl"
+    responses, pairs = folder / "responses.jsonl", pairs_of(folder, objective)
+
+    # Step 1. A good and a bad principle, p+ and p-, for each query.
+    write_principles(queries, principles, recipe)
+
+    # Step 2. The policy's responses: y+ under p+, y- under p-; and yo under none, where it is
+    # needed.
+    originals = recipe["generator"]["examples"]
+    if objective == "original":
+        originals = None
+    generate.responses(policy, principles, responses, recipe, originals=originals)
+
+    # Step 3. The data generator, by L_SSO (Eq. 1). It samples the pairs, y+ and y-, anew.
+    if sso.trains_generator(objective):
+        train.train("generator", policy, responses, folder / "generator", recipe)
+        generate.responses(folder / "generator", responses, pairs, recipe, roles=("good", "bad"))
+
+    # Step 4. The policy (not the generator), by L_base(x, y+, y-) on the pairs.
+    train.train("policy", policy, pairs, folder / "policy", recipe)
+
+
+def pairs_of(folder, objective):
+    """The policy's pairs: the generator's, or without step 3 the policy's own responses."""
+    if sso.trains_generator(objective):
+        return folder / "pairs.jsonl"
+    return folder / "responses.jsonl"
+
+
+def run_all(model, folders, out, recipe, objective, write_principles, judged_by):
+    """Rounds of the method, each from the policy of the one before; the baseline; the report."""
+    policies, pairs = {"base": model}, {}
+    policy, name = model, "PBAA" if objective == "policy" else objective.upper()
+    for number, folder in enumerate(folders, 1):
+        run_round(policy, folder, recipe, objective, write_principles)
+
+        # The baseline PBAA has no step 3: the policy is trained on its own y+ and y-.
+        if number == 1 and objective != "policy":
+            plain = cli.change(recipe, policy={"objective": "policy"})
+            train.train("policy", policy, folder / "responses.jsonl", out / "pbaa", plain)
+            policies["PBAA"] = out / "pbaa"
+            pairs["PBAA"] = (folder / "responses.jsonl", policy, "policy")
+
+        title = name if len(folders) == 1 else f"{name} {number}"
+        policies[title] = folder / "policy"
+        pairs[title] = (pairs_of(folder, objective), policy, recipe["policy"]["objective"])
+        policy = folder / "policy"      # where the next round starts
+    report(out, policies, pairs, recipe, judged_by)
+
+
+def report(out, policies, pairs, recipe, judged_by):
+    """Answers of every policy to the held-out queries; report.json from them and the pairs, which
+    are {name: (file, the policy that they are for, the objective that they are used in)}."""
+    inputs = {f"policy {name}": policy for name, policy in policies.items()}
+    output = files.Output(out / "report.json", judged_by, inputs)
+    if not output.is_current():
+        critic = evaluation.load_critic(judged_by["grader"], judged_by["judge"], recipe["prompts"])
+        limit = judged_by["judge_pairs"] if judged_by["judge"] else None
+        answers = {}
+        for name, policy in policies.items():
+            answers[name] = out / f"answers_{name.replace(' ', '_')}.jsonl"
+            generate.responses(policy, out / "heldout.jsonl", answers[name], recipe, ["original"])
+        rows = evaluation.measure_answers(answers, critic, limit)
+        for name, (file, policy, used_in) in pairs.items():
+            rows[name] |= evaluation.measure_pairs(file, policy, critic, recipe, used_in, limit)
+        files.write_text(output.path, json.dumps(rows, indent=1))
+        output.write_note()
+    evaluation.report([out])
+
+
+def run(recipe, model=None, queries=None, heldout=None, principles=None, principle_model=None,
+        objective="sso", base_loss=None, rounds: int = 1, out: Path = Path("runs/toy"), grader=None,
+        judge=None, judge_pairs: int = 200):
+    """Check everything, write the queries of each round, and run them."""
+    if (model is None) != (queries is None) or heldout and not queries or rounds < 1 or (
+            principles and principle_model) or (grader and judge):
+        raise UserError("--model and --queries go together, --heldout goes with them, --rounds is "
+                        "at least 1; --principles excludes --principle-model, --grader --judge")
+    recipe["generator" if sso.trains_generator(objective) else "policy"]["objective"] = objective
+    for stage in ("generator", "policy"):
+        recipe[stage]["base_loss"] = base_loss or recipe[stage]["base_loss"]
+    for stage in ("principles", "responses", "generator", "policy"):
+        cli.stage_settings(recipe, stage)
+    for path in filter(None, (model, principle_model)):
+        load_tokenizer(path)
+    if model is None and judge is None:
+        grader = grader or toy.__file__
+    evaluation.load_critic(grader, judge)
+
+    folders = [out]
+    if rounds > 1:
+        folders = [out / f"round{number}" for number in range(1, rounds + 1)]
+    seed = recipe["run"]["seed"]
+    if model:
+        records, held_records = files.split_queries(queries, heldout, seed)
+    else:
+        records, held_records = toy.make_records(seed, rounds)
+    files.write_queries(out, folders, records, held_records, {"seed": seed, "objective": objective},
+                        {"queries": queries, "heldout": heldout, "principles": principles})
+    if model is None:
+        model = out / "base"
+        toy.build_once(model, seed)
+    write_principles = partial(generate.principles, principle_model or model)
+    if principles:
+        write_principles = partial(generate.written_principles, principles)
+    run_all(model, folders, out, recipe, objective, write_principles,
+            {"grader": grader and str(grader), "judge": judge, "judge_pairs": judge_pairs})
+
+
+if __name__ == "__main__":
+    cli.run(__doc__, ("run", run, ["principles", "responses", "generator", "policy"]),
+            without_model=toy.RECIPE)
