@@ -23,6 +23,7 @@ SYMBOLS = {"good": "y+", "original": "yo", "bad": "y-"}
 PAIRS_TABLE = ["pairs", "accuracy", "ties", "p(chosen)", "p(rejected)", "p(original)",
                "y+", "yo", "y-"]
 POLICIES_TABLE = ["quality", "win rate", "words"]
+JUDGE_PAIRS = 200       # Section 6.3
 
 
 # ---- Critics -------------------------------------------------------------------------------------
@@ -30,13 +31,16 @@ POLICIES_TABLE = ["quality", "win rate", "words"]
 # A critic takes comparisons, (query, response a, response b) each, and gives each its marks of a
 # and of b, from 0 to 1.
 
-def load_critic(grader=None, judge=None, prompts=sso.PROMPTS):
-    """The critic that a command line names, or None."""
+def load_critic(grader=None, judge=None, judge_pairs=JUDGE_PAIRS, prompts=sso.PROMPTS):
+    """The critic that a command line names, and how many comparisons it sees of a file: None of all,
+    None for no critic."""
+    if grader and judge:
+        raise UserError("--grader and --judge exclude each other")
     if grader:
-        return partial(grader_marks, cli.load_grader(grader))
+        return partial(grader_marks, cli.load_grader(grader)), None
     if judge:
-        return partial(judge_marks, load_chat(judge), prompts)
-    return None
+        return partial(judge_marks, load_chat(judge), prompts), judge_pairs
+    return None, None
 
 
 def grader_marks(grade, comparisons):
@@ -177,18 +181,17 @@ def measure_answers(paths, critic, limit=None):
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-def pairs(files, policy, recipe, grader=None, judge=None, judge_pairs: int = 200):
+def pairs(files, policy, recipe, grader=None, judge=None, judge_pairs: int = JUDGE_PAIRS):
     """Measure preference files."""
-    critic = load_critic(grader, judge, recipe["prompts"])
-    limit = judge_pairs if judge else None
+    critic, limit = load_critic(grader, judge, judge_pairs, recipe["prompts"])
     rows = {file: measure_pairs(file, policy, critic, recipe, limit=limit) for file in files}
     print_table(rows, PAIRS_TABLE)
 
 
-def answers(files, recipe, grader=None, judge=None, judge_pairs: int = 200):
+def answers(files, recipe, grader=None, judge=None, judge_pairs: int = JUDGE_PAIRS):
     """Measure files of plain answers, beside those of the first."""
-    critic = load_critic(grader, judge, recipe["prompts"])
-    rows = measure_answers({file: file for file in files}, critic, judge_pairs if judge else None)
+    critic, limit = load_critic(grader, judge, judge_pairs, recipe["prompts"])
+    rows = measure_answers({file: file for file in files}, critic, limit)
     print_table(rows, ["answers", *POLICIES_TABLE, "finished"])
 
 

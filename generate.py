@@ -6,7 +6,7 @@
         --out pairs.jsonl
     python generate.py written --principles data/features.jsonl --queries Q.jsonl --out P.jsonl
 
-Responses are a standard preference file (prompt, chosen, rejected as lists of messages) with further
+Responses are a standard preference file (prompt, chosen, rejected as lists of messages) with more
 columns. A file is complete under its final name; an interrupted command, given again, continues it.
 
 Simpler than the released code: one answer holds both principles.
@@ -85,6 +85,16 @@ def written_principles(principles, queries, out, recipe):
 
 # ---- Step 2: responses ---------------------------------------------------------------------------
 
+def check_principles(records, roles, path):
+    """UserError, with file and line, if a record lacks the principle of a role."""
+    for number, record in enumerate(records, 1):
+        try:
+            for role in roles:
+                sso.role_messages(role, record)
+        except ValueError as error:
+            raise files.UserError(f"{path}, line {number}: {error}") from None
+
+
 def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
               originals: int = None):
     """Write to OUT the records of PRINCIPLES with the model's responses to the prompts of some
@@ -93,12 +103,7 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
     settings = cli.stage_settings(recipe, "responses")
     prompts = recipe["prompts"]
     records = files.read_jsonl(principles)
-    for number, record in enumerate(records, 1):
-        try:
-            for role in roles:
-                sso.role_messages(role, record, prompts)
-        except ValueError as error:
-            raise files.UserError(f"{principles}, line {number}: {error}") from None
+    check_principles(records, roles, principles)
     texts = {role: prompts[role] for role in roles}
     output = files.Output(out, settings | texts | {"originals": originals},
                           {"model": model, "principles": principles})

@@ -21,6 +21,10 @@ from plumbing.chat import load_tokenizer
 from plumbing.files import UserError
 
 
+STAGES = ["principles", "responses", "generator", "policy"]
+LABELS = {"sso": "SSO", "policy": "PBAA"}
+
+
 def run_round(policy, folder, recipe, objective, write_principles):
     """Steps 1 to 4, from a policy, in a folder with queries.jsonl."""
     queries, principles = folder / "queries.jsonl", folder / "principles.jsonl"
@@ -55,7 +59,7 @@ def pairs_of(folder, objective):
 def run_all(model, folders, out, recipe, objective, write_principles, judged_by):
     """Rounds of the method, each from the policy of the one before; the baseline; the report."""
     policies, pairs = {"base": model}, {}
-    policy, name = model, "PBAA" if objective == "policy" else objective.upper()
+    policy = model
     for number, folder in enumerate(folders, 1):
         run_round(policy, folder, recipe, objective, write_principles)
 
@@ -66,9 +70,11 @@ def run_all(model, folders, out, recipe, objective, write_principles, judged_by)
             policies["PBAA"] = out / "pbaa"
             pairs["PBAA"] = (folder / "responses.jsonl", policy, "policy")
 
-        title = name if len(folders) == 1 else f"{name} {number}"
-        policies[title] = folder / "policy"
-        pairs[title] = (pairs_of(folder, objective), policy, recipe["policy"]["objective"])
+        name = LABELS.get(objective, objective)
+        if len(folders) > 1:
+            name = f"{name} {number}"
+        policies[name] = folder / "policy"
+        pairs[name] = (pairs_of(folder, objective), policy, recipe["policy"]["objective"])
         policy = folder / "policy"      # where the next round starts
     report(out, policies, pairs, recipe, judged_by)
 
@@ -79,8 +85,7 @@ def report(out, policies, pairs, recipe, judged_by):
     inputs = {f"policy {name}": policy for name, policy in policies.items()}
     output = files.Output(out / "report.json", judged_by, inputs)
     if not output.is_current():
-        critic = evaluation.load_critic(judged_by["grader"], judged_by["judge"], recipe["prompts"])
-        limit = judged_by["judge_pairs"] if judged_by["judge"] else None
+        critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])
         answers = {}
         for name, policy in policies.items():
             answers[name] = out / f"answers_{name.replace(' ', '_')}.jsonl"
@@ -93,34 +98,50 @@ def report(out, policies, pairs, recipe, judged_by):
     evaluation.report([out])
 
 
+def check(recipe, model, queries, heldout, principles, principle_model, rounds):
+    """UserError if flags do not go together, a setting is out of range or a model is of no use."""
+    if (model is None) != (queries is None):
+        raise UserError("--model and --queries go together")
+    if heldout and not queries:
+        raise UserError("--heldout goes with --queries")
+    if principles and principle_model:
+        raise UserError("--principles and --principle-model exclude each other")
+    if rounds < 1:
+        raise UserError("--rounds is at least 1")
+    for stage in STAGES:
+        cli.stage_settings(recipe, stage)
+    for path in (model, principle_model):
+        if path:
+            load_tokenizer(path)
+
+
 def run(recipe, model=None, queries=None, heldout=None, principles=None, principle_model=None,
         objective="sso", base_loss=None, rounds: int = 1, out: Path = Path("runs/toy"), grader=None,
-        judge=None, judge_pairs: int = 200):
-    """Check everything, write the queries of each round, and run them."""
-    if (model is None) != (queries is None) or heldout and not queries or rounds < 1 or (
-            principles and principle_model) or (grader and judge):
-        raise UserError("--model and --queries go together, --heldout goes with them, --rounds is "
-                        "at least 1; --principles excludes --principle-model, --grader --judge")
-    recipe["generator" if sso.trains_generator(objective) else "policy"]["objective"] = objective
-    for stage in ("generator", "policy"):
-        recipe[stage]["base_loss"] = base_loss or recipe[stage]["base_loss"]
-    for stage in ("principles", "responses", "generator", "policy"):
-        cli.stage_settings(recipe, stage)
-    for path in filter(None, (model, principle_model)):
-        load_tokenizer(path)
+        judge=None, judge_pairs: int = evaluation.JUDGE_PAIRS):
+    """The whole method and the baseline; without a model in the toy world."""
+    out, seed = Path(out), recipe["run"]["seed"]
+    trained = "policy"
+    if sso.trains_generator(objective):
+        trained = "generator"
+    recipe = cli.change(recipe, **{trained: {"objective": objective}})
+    if base_loss:
+        loss = {"base_loss": base_loss}
+        recipe = cli.change(recipe, generator=loss, policy=loss)
+    check(recipe, model, queries, heldout, principles, principle_model, rounds)
     if model is None and judge is None:
         grader = grader or toy.__file__
-    evaluation.load_critic(grader, judge)
+    judged_by = {"grader": grader, "judge": judge, "judge_pairs": judge_pairs}
+    evaluation.load_critic(**judged_by)             # before anything is written
 
     folders = [out]
     if rounds > 1:
         folders = [out / f"round{number}" for number in range(1, rounds + 1)]
-    seed = recipe["run"]["seed"]
     if model:
-        records, held_records = files.split_queries(queries, heldout, seed)
+        records, heldout_records = files.split_queries(queries, heldout, seed)
     else:
-        records, held_records = toy.make_records(seed, rounds)
-    files.write_queries(out, folders, records, held_records, {"seed": seed, "objective": objective},
+        records, heldout_records = toy.make_records(seed, rounds)
+    files.write_queries(out, folders, records, heldout_records,
+                        {"seed": seed, "objective": objective},
                         {"queries": queries, "heldout": heldout, "principles": principles})
     if model is None:
         model = out / "base"
@@ -128,10 +149,8 @@ def run(recipe, model=None, queries=None, heldout=None, principles=None, princip
     write_principles = partial(generate.principles, principle_model or model)
     if principles:
         write_principles = partial(generate.written_principles, principles)
-    run_all(model, folders, out, recipe, objective, write_principles,
-            {"grader": grader and str(grader), "judge": judge, "judge_pairs": judge_pairs})
+    run_all(model, folders, out, recipe, objective, write_principles, judged_by)
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("run", run, ["principles", "responses", "generator", "policy"]),
-            without_model=toy.RECIPE)
+    cli.run(__doc__, ("run", run, STAGES), without_model=toy.RECIPE)

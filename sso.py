@@ -431,7 +431,6 @@ def worked_example(beta=0.1, gamma=0.1, lr=0.01):
     loss, parts = sso_loss(logps, ref_logps, tokens, "dpo", gamma, beta=beta)
     print("\nStep zero. Policy = reference: margins are 0, and L_base is ln 2 = 0.6931\n")
     print_numbers(logps, ref_logps, parts)
-
     loss.sum().backward()
     print("\nThe gradient of L_SSO by each log-probability: negative pushes it up, positive down\n")
     for row, term in enumerate(PAIRS["sso"]):

@@ -2,8 +2,7 @@
 
     python -m lab.bench              # Qwen2.5-0.5B's shape, two of its layers, random weights
     python -m lab.bench --layers 24 --vs trl    # all of them, beside TRL (pip install trl==1.16.0)
-    python -m lab.bench --model M    # a checkpoint: its answers end where it ends them
-    python -m lab.bench --model runs/toy/base --recipe recipes/toy.toml     # the toy, on its queries
+    python -m lab.bench --model M --queries data/queries.jsonl      # a checkpoint; its real answers
     python -m lab.bench --memory     # peak memory of a pair: 2,500 tokens, 1,000 of them response
 
 Lengths are quantiles of a realistic distribution, shuffled: query 50-400 tokens, principle 100-200,
@@ -23,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -35,13 +33,12 @@ from plumbing.chat import Chat, autocast, device, load_chat, score
 from plumbing.tables import print_table
 
 CUDA = device.type == "cuda"
-QUERIES = Path(__file__).parent.parent / "data" / "queries.jsonl"
 
 
 # ---- The work ------------------------------------------------------------------------------------
 
 def load(path, layers):
-    """The checkpoint; without one Qwen2.5-0.5B with so many layers, of random weights. Of its random
+    """The checkpoint; without one Qwen2.5-0.5B with so many layers, of random weights. Of its
     answers every 250th token of the vocabulary is an end, for a mean length of about 250."""
     if path:
         chat = load_chat(path)
@@ -62,28 +59,22 @@ def load(path, layers):
 def workload(n, chat, seed=0):
     """n queries of random tokens, each ({role: prompt ids}, {role: response ids})."""
     rng = random.Random(seed)
+    torch.manual_seed(seed)
     shrink = min(1, chat.context / 5000)        # a toy model has no room for such lengths
 
-    def lengths(count, quantile):
-        sizes = [math.ceil(shrink * quantile((i + 0.5) / count)) for i in range(count)]
-        return rng.sample(sizes, count)
-
-    def tokens(size):
-        return [rng.randrange(chat.model.config.vocab_size) for _ in range(size)]
+    def token_lists(count, quantile):
+        lengths = [math.ceil(shrink * quantile((i + 0.5) / count)) for i in range(count)]
+        return [torch.randint(chat.model.config.vocab_size, (length,)).tolist()
+                for length in rng.sample(lengths, count)]
 
     log_length = statistics.NormalDist(5.274, 0.7034)   # of a log-normal of mean 250 and sd 200
-    query_lengths = lengths(n, lambda share: 50 + 350 * share)
-    principle_lengths = lengths(2 * n, lambda share: 100 + 100 * share)
-    response_lengths = lengths(3 * n, lambda share: min(2048, math.exp(log_length.inv_cdf(share))))
+    x = token_lists(n, lambda share: 50 + 350 * share)
+    principles = token_lists(2 * n, lambda share: 100 + 100 * share)
+    responses = token_lists(3 * n, lambda share: min(2048, math.exp(log_length.inv_cdf(share))))
     queries = []
     for i in range(n):
-        query = tokens(query_lengths[i])
-        prompts = {"original": query,
-                   "good": tokens(principle_lengths[i]) + query,
-                   "bad": tokens(principle_lengths[n + i]) + query}
-        # Three lengths, n places apart, are this query's.
-        responses = {role: tokens(size) for role, size in zip(sso.COLUMNS, response_lengths[i::n])}
-        queries.append((prompts, responses))
+        prompts = {"good": principles[i] + x[i], "bad": principles[n + i] + x[i], "original": x[i]}
+        queries.append((prompts, dict(zip(sso.COLUMNS, responses[i::n]))))     # every n-th: three
     return queries
 
 
@@ -138,7 +129,8 @@ def by_library(model, examples, pad_id):
     hidden, rows = fast.read_rows(model, examples, pad_id)
     hidden = hidden.index_select(0, rows.sources)                                   # (K, D)
     head = model.get_output_embeddings().weight.to(hidden.dtype)                    # (V, D)
-    losses = F.linear_cross_entropy(hidden, head, rows.targets, reduction="none")   # (K,)
+    losses = torch.nn.functional.linear_cross_entropy(hidden, head, rows.targets,
+                                                      reduction="none")             # (K,)
     return response_sums(-losses, rows, examples)
 
 
@@ -160,11 +152,9 @@ def authors_scheme(chat, examples, _, settings):
             reference = [read(pair) for pair in example]
         with autocast():
             policy = [read(pair) for pair in example]
-        loss = 0
         for (ref_logps, _), (logps, tokens) in zip(reference[1:], policy[1:]):      # L+ and L-
-            losses, _ = sso.sso_loss(logps, ref_logps, tokens, **settings)
-            loss = loss + losses.sum() / len(examples)
-        loss.backward()
+            loss, _ = sso.sso_loss(logps, ref_logps, tokens, **settings)
+            (loss.sum() / len(examples)).backward()
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
@@ -178,9 +168,9 @@ def timed(run):
     return time.perf_counter() - began
 
 
-def resident(key):
+def largest_resident():
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{key}:\s+(\d+)", status)[1])
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
 def peak_memory(run):
@@ -191,15 +181,17 @@ def peak_memory(run):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(-3, 2**17)     # tensors in pages of their own, given back at once: held is in use
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")           # resets the high-water mark
-    before = resident("VmRSS")
-    run()
-    libc.mallopt(-3, 2**25)     # as it comes to be by itself
-    return (resident("VmHWM") - before) / 2**30
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**17)     # tensors in pages of their own, given back as soon as they can
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")   # the high-water mark falls to what is held
+        before = largest_resident()
+        run()
+        peak = largest_resident()
+        libc.mallopt(-3, 2**25)     # as it comes to be by itself
+    return (peak - before) / 2**30
 
 
 def peak_flops():
@@ -218,8 +210,8 @@ COUNTED = {     # what torch's counter leaves out
 
 
 def measure(works, repeats):
-    """{name: row of a table} of {name: function}. A first run of each is for FLOPs and memory; in the
-    others, which are timed, they take turns."""
+    """{name: row of a table} of {name: function}. A first run of each is for FLOPs and memory; in
+    the others, which are timed, they take turns."""
     rows = {}
     times = {}
     peak = 0
@@ -245,7 +237,7 @@ def measure(works, repeats):
 # ---- What is measured ----------------------------------------------------------------------------
 
 def make_step(chat, optimizer, examples, settings, backward=train.accumulate_gradient):
-    """A function of one whole step of `train.train` on examples; it returns the parts of the loss."""
+    """A function: one whole step of `train.train` on examples. It returns the parts of the loss."""
     ref_logps, _ = score(chat, examples, settings["micro_batch_tokens"])
     for group in optimizer.param_groups:
         group["lr"] = settings["lr"]
@@ -261,7 +253,7 @@ def make_step(chat, optimizer, examples, settings, backward=train.accumulate_gra
 
 def training_works(chat, queries, settings):
     """{name: function} of training: steps, the reference pass, and steps of the generator without
-    each trick. All have the generator's settings: the policy's cost the same."""
+    each trick. All have the generator's settings: those of the policy cost the same."""
     optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
     examples = encoded(queries, "sso")
     works = {"generator step": make_step(chat, optimizer, examples, settings),
@@ -270,7 +262,7 @@ def training_works(chat, queries, settings):
     for name, pair_logps in SWITCHED_OFF.items():
         other = chat._replace(pair_logps=pair_logps)
         works[f"generator step: {name}"] = make_step(other, optimizer, examples, settings)
-    alone = settings | {"micro_batch_tokens": 1}       # one query is the least
+    alone = settings | {"micro_batch_tokens": 1}        # one query is the least
     works["generator step: one query at a time"] = make_step(chat, optimizer, examples, alone)
     works["generator step: the authors' scheme, with its reference"] = make_step(
         chat, optimizer, encoded(queries, "joint"), settings, authors_scheme)
@@ -278,20 +270,13 @@ def training_works(chat, queries, settings):
     return works
 
 
-def prompts_to_sample(chat, count, templates):
-    """Prompts of token ids: of real queries if there is a tokenizer, else random ones."""
-    if chat.tokenizer is None:
-        return [prompts["original"] for prompts, _ in workload(count, chat)]
-    texts, _ = toy.make_queries()
-    if templates != toy.PROMPTS:
-        texts = [record["prompt"][0]["content"] for record in files.read_queries(QUERIES)]
-    return [sso.encode_prompt(chat.tokenizer, [{"role": "user", "content": text}])
-            for text in texts[:count]]
-
-
-def sampling_works(chat, prompts, settings):
-    """{name: function} of sampling: as generate.py samples, and by a plain loop over `generate` in
-    batches of 16."""
+def sampling_works(chat, count, file, settings):
+    """{name: function} of sampling answers to queries of a file, or to random ones: as generate.py
+    samples, and by a plain loop over `generate` in batches of 16."""
+    prompts = [prompts["original"] for prompts, _ in workload(count, chat)]
+    if file:
+        prompts = [sso.encode_prompt(chat.tokenizer, record["prompt"])
+                   for record in files.read_queries(file)[:count]]
     options = {"do_sample": True, "temperature": settings["temperature"],
                "top_p": settings["top_p"], "top_k": 0}
 
@@ -316,35 +301,28 @@ def pair_memory(chat):
         logps.sum().backward()
 
     run(fast.pair_logps)                # from here on there are gradients
-    rows = {}
     ways = {"ours": fast.pair_logps, **SWITCHED_OFF, "F.linear_cross_entropy": by_library}
-    for name, pair_logps in ways.items():
-        rows[name] = {"extra GiB": peak_memory(partial(run, pair_logps))}
-    return rows
+    return {name: {"extra GiB": peak_memory(partial(run, pair_logps))}
+            for name, pair_logps in ways.items()}
 
 
 # ---- Beside TRL ----------------------------------------------------------------------------------
 
-def make_trainer(chat, examples, settings, micro_batch):
-    """TRL's DPOTrainer of the pairs of examples, in order, so many at a time; the reference is given.
-    It changes the model, which has to be one of its own."""
+def make_trl_step(chat, optimizer, examples, settings, micro_batch=1):
+    """`make_step` with forward and backward by TRL's DPOTrainer, so many pairs at a time. It changes
+    the model's forward, which ours does not call."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     import trl.trainer.utils
 
-    class Prepared(DPOTrainer):
+    class TokensGiven(DPOTrainer):
         def _prepare_dataset(self, dataset, *args):
             return dataset
-        _precompute_ref_logps = _prepare_dataset
 
-    ref_logps, _ = score(chat, examples, settings["micro_batch_tokens"])            # (2, R, B)
     records = []
-    for column, example in enumerate(examples):
-        for row, pair in enumerate(example):
-            winner_logp, loser_logp = ref_logps[:, row, column].tolist()
-            records.append({"prompt": "", "prompt_ids": pair.prompt, "chosen_ids": pair.winner,
-                            "rejected_ids": pair.loser, "ref_chosen_logps": winner_logp,
-                            "ref_rejected_logps": loser_logp})
+    for example in examples:
+        for prompt, winner, loser in example:
+            records.append({"prompt_ids": prompt, "chosen_ids": winner, "rejected_ids": loser})
     # On the CPU it would score every position.
     trl.trainer.utils._use_triton = lambda device: True
     # Its L_sft is a mean over a micro-batch's tokens: other numbers, but the same work.
@@ -352,19 +330,13 @@ def make_trainer(chat, examples, settings, micro_batch):
                        loss_type=["sigmoid", "sft"], loss_weights=[1.0, settings["gamma"]],
                        beta=settings["beta"], max_length=None, gradient_checkpointing=False,
                        precompute_ref_log_probs=True, train_sampling_strategy="sequential")
-    return Prepared(chat.model, args=config, train_dataset=Dataset.from_list(records),
-                    processing_class=toy.make_tokenizer())
-
-
-def make_trl_step(chat, optimizer, examples, settings, micro_batch=1):
-    """`make_step` with TRL's forward and backward pass in place of ours."""
-    trainer = make_trainer(chat, examples, settings, micro_batch)
+    trainer = TokensGiven(chat.model, args=config, train_dataset=Dataset.from_list(records),
+                          processing_class=toy.make_tokenizer())
     batches = trainer.get_train_dataloader()
     trainer.current_gradient_accumulation_steps = len(batches)
 
     def backward(*_):
-        losses = [trainer.training_step(chat.model, batch) for batch in batches]
-        return {"loss": torch.stack(losses).sum()}
+        return {"loss": sum(trainer.training_step(chat.model, batch) for batch in batches)}
 
     return make_step(chat, optimizer, examples, settings, backward)
 
@@ -386,14 +358,11 @@ def check_losses(load_model, settings):
         raise files.UserError("the losses differ: the comparison is worth nothing")
 
 
-def trl_works(load_model, queries, settings):
-    """{name: function} of a step of the generator: ours, and TRL's in micro-batches of some sizes."""
+def trl_works(chat, queries, settings):
+    """{name: function} of a step of the generator: ours, TRL's in micro-batches of some sizes."""
+    optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
     examples = encoded(queries, "sso")
-    chat = load_model()
-    optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
     works = {"generator step": make_step(chat, optimizer, examples, settings)}
-    chat = load_model()
-    optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
     for size in (1, 2, 4):
         works[f"TRL, micro-batches of {size}"] = make_trl_step(chat, optimizer, examples, settings,
                                                                size)
@@ -404,9 +373,10 @@ def trl_works(load_model, queries, settings):
 
 def main():
     parser = cli.make_parser(__doc__)
-    cli.add_options(parser, "model", "recipe")
-    numbers = {"layers": (2, "of the random model"), "queries": (2, "of a step"),
-               "answers": (16, "to sample; 0: none"), "repeats": (3, "of each measurement")}
+    cli.add_options(parser, "model", "recipe", "queries")
+    numbers = {"layers": (2, "of the random model"), "batch-size": (2, "queries of a step"),
+               "answers": (16, "to sample, to --queries or random ones; 0: none"),
+               "repeats": (3, "of each measurement")}
     for name, (default, text) in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N",
                             help=f"{text} ({default})")
@@ -416,24 +386,23 @@ def main():
     print(f"{args.model}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
     recipe = cli.read_recipe(args.recipe)
+    generator = recipe["generator"]
     load_model = partial(load, args.model, args.layers)
     chat = load_model()
-    queries = workload(args.queries, chat)
+    queries = workload(args.batch_size, chat)
     if args.memory:
         print_table(pair_memory(chat), ["extra GiB"])
-        return
-    if args.vs:
-        check_losses(load_model, recipe["generator"])
-        works = trl_works(load_model, queries, recipe["generator"])
+    elif args.vs:
+        check_losses(load_model, generator)
+        works = trl_works(chat, queries, generator)
         print_table(measure(works, args.repeats), ["ms", "ratio"])
-        return
-    tables = [training_works(chat, queries, recipe["generator"])]
-    if args.answers:
-        prompts = prompts_to_sample(chat, args.answers, recipe["prompts"])
-        tables.append(sampling_works(chat, prompts, recipe["responses"]))
-    for works in tables:
-        print_table(measure(works, args.repeats),
-                    ["ms", "ratio", "TFLOP", "share of peak", "extra GiB"])
+    else:
+        tables = [training_works(chat, queries, generator)]
+        if args.answers:
+            tables.append(sampling_works(chat, args.answers, args.queries, recipe["responses"]))
+        for works in tables:
+            print_table(measure(works, args.repeats),
+                        ["ms", "ratio", "TFLOP", "share of peak", "extra GiB"])
 
 
 if __name__ == "__main__":

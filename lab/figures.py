@@ -118,16 +118,16 @@ def training_curve(key, logs, axes):
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-def draw_pairs(files, policy, out, recipe, grader=None, judge=None, judge_pairs: int = 200):
+def draw_pairs(files, policy, out, recipe, grader=None, judge=None,
+               judge_pairs: int = evaluation.JUDGE_PAIRS):
     """Figure 3, and Figure 1 measured, of preference files."""
     check_matplotlib()
-    critic = evaluation.load_critic(grader, judge, recipe["prompts"])
+    critic, limit = evaluation.load_critic(grader, judge, judge_pairs, recipe["prompts"])
     if critic is None:
         raise UserError("Figure 3 needs a critic: give --grader or --judge")
     rows, panels = {}, []
     for path in files:
-        rows[path] = evaluation.measure_pairs(path, policy, critic, recipe,
-                                              limit=judge_pairs if judge else None)
+        rows[path] = evaluation.measure_pairs(path, policy, critic, recipe, limit=limit)
         panels.append(partial(figure1, path, distributions(path, policy, recipe)))
     draw(out, [partial(figure3, rows), *panels])
 

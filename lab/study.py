@@ -32,7 +32,7 @@ from plumbing.tables import print_table, stat
 
 STUDY = cli.load_toml(Path(__file__).with_suffix(".toml"))
 TOY = cli.read_recipe(toy.RECIPE)
-GRADER = evaluation.load_critic(grader=toy.__file__)
+GRADER, _ = evaluation.load_critic(grader=toy.__file__)
 
 
 # ---- An arm --------------------------------------------------------------------------------------
