@@ -16,7 +16,7 @@ import random
 from collections import Counter
 
 import sso
-from plumbing import cli, files
+from plumbing import cli, files, sampling
 from plumbing.sampling import load_sampler, sample
 
 
@@ -46,7 +46,8 @@ def principles(model, queries, out, recipe):
                                       "fallback": not good})
         return made, answers.tokens
 
-    made = files.grow(out, records, make, settings["batch_size"], settings["seed"])
+    batch_size = settings["batch_size"] * sampling.batches_at_once
+    made = files.grow(out, records, make, batch_size, settings["seed"])
     fallbacks = sum(record["fallback"] for record in made)
     print(f"{out}: {len(made)} queries, {fallbacks} with the fixed pair, for want of principles")
 
@@ -129,7 +130,8 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
             tokens += answers.tokens
         return list(made.values()), tokens
 
-    made = files.grow(out, records, make, settings["batch_size"], settings["seed"])
+    batch_size = settings["batch_size"] * sampling.batches_at_once
+    made = files.grow(out, records, make, batch_size, settings["seed"])
     if {"chosen", "rejected"} <= made[0].keys():
         useless = Counter(files.teaches_nothing(sso.preference_pairs(record, "policy"))
                           for record in made)

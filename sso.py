@@ -190,8 +190,8 @@ def trains_generator(objective):
 def role_messages(role, record, prompts=PROMPTS):
     """The prompt of a role, x+, x- or x, as chat messages. ValueError without a principle."""
     *earlier, query = record["prompt"]
-    principle = record.get(f"{role}_principle") or ""
-    if role != "original" and not str(principle).strip():
+    principle = record.get(f"{role}_principle", "")
+    if role != "original" and (not isinstance(principle, str) or not principle.strip()):
         raise ValueError(f"a record without '{role}_principle'; `generate.py principles` writes it")
     texts = {"query": query["content"], "principle": principle}
     system = fill(prompts[role]["system"], **texts)

@@ -2,8 +2,8 @@
 
     python -m lab.bench              # Qwen2.5-0.5B's shape, two of its layers, random weights
     python -m lab.bench --layers 24 --vs trl    # all of them, beside TRL (pip install trl==1.16.0)
-    python -m lab.bench --model M --queries data/queries.jsonl      # a checkpoint; its real answers
-    python -m lab.bench --memory     # peak memory of a pair: 2,500 tokens, 1,000 of them response
+    python -m lab.bench --model M    # a checkpoint: its answers end where it ends them
+    python -m lab.bench --memory 1   # peak memory of a pair: 2,500 tokens, 1,000 of them response
 
 Lengths are quantiles of a realistic distribution, shuffled: query 50-400 tokens, principle 100-200,
 response log-normal of mean 250 and sd 200, 2,048 at most. What is compared takes turns; medians are
@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.functional import linear_cross_entropy
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -49,7 +50,7 @@ def load(path, layers):
                              num_key_value_heads=2, tie_word_embeddings=True)
         chat = Chat(Qwen2ForCausalLM(config).to(device).eval(), tokenizer=None,
                     stop_ids=list(range(0, config.vocab_size, 250)), end_id=0, pad_id=0,
-                    context=config.max_position_embeddings, pair_logps=fast.pair_logps)
+                    context=32_768, pair_logps=fast.pair_logps)
     # None of the checkpoint's own sampling settings, as in `sampling.load_sampler`.
     chat.model.generation_config = GenerationConfig(eos_token_id=chat.stop_ids,
                                                     pad_token_id=chat.pad_id)
@@ -128,9 +129,8 @@ def by_library(model, examples, pad_id):
     """torch's one call for what `fast.TokenLogps` does, with its default options."""
     hidden, rows = fast.read_rows(model, examples, pad_id)
     hidden = hidden.index_select(0, rows.sources)                                   # (K, D)
-    head = model.get_output_embeddings().weight.to(hidden.dtype)                    # (V, D)
-    losses = torch.nn.functional.linear_cross_entropy(hidden, head, rows.targets,
-                                                      reduction="none")             # (K,)
+    head = model.get_output_embeddings().weight                                     # (V, D)
+    losses = linear_cross_entropy(hidden, head, rows.targets, reduction="none")     # (K,)
     return response_sums(-losses, rows, examples)
 
 
@@ -216,7 +216,9 @@ def measure(works, repeats):
     times = {}
     peak = 0
     for name, run in works.items():
-        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        counter = FlopCounterMode(display=False)
+        counter.flop_registry |= COUNTED
+        with counter:
             memory = peak_memory(run)
         rows[name] = {"TFLOP": counter.get_total_flops() / 1e12, "extra GiB": memory}
         times[name] = []
@@ -260,8 +262,8 @@ def training_works(chat, queries, settings):
              "policy step": make_step(chat, optimizer, encoded(queries, "policy"), settings),
              "reference pass": partial(score, chat, examples, 4 * settings["micro_batch_tokens"])}
     for name, pair_logps in SWITCHED_OFF.items():
-        other = chat._replace(pair_logps=pair_logps)
-        works[f"generator step: {name}"] = make_step(other, optimizer, examples, settings)
+        works[f"generator step: {name}"] = make_step(chat._replace(pair_logps=pair_logps),
+                                                     optimizer, examples, settings)
     alone = settings | {"micro_batch_tokens": 1}        # one query is the least
     works["generator step: one query at a time"] = make_step(chat, optimizer, examples, alone)
     works["generator step: the authors' scheme, with its reference"] = make_step(
@@ -270,13 +272,22 @@ def training_works(chat, queries, settings):
     return works
 
 
-def sampling_works(chat, count, file, settings):
-    """{name: function} of sampling answers to queries of a file, or to random ones: as generate.py
-    samples, and by a plain loop over `generate` in batches of 16."""
-    prompts = [prompts["original"] for prompts, _ in workload(count, chat)]
-    if file:
-        prompts = [sso.encode_prompt(chat.tokenizer, record["prompt"])
-                   for record in files.read_queries(file)[:count]]
+def prompts_to_sample(chat, count, templates):
+    """Prompts of token ids: of the queries of data/, or of the toy world's. Without a tokenizer
+    they are random."""
+    if chat.tokenizer is None:
+        return [prompts["original"] for prompts, _ in workload(count, chat)]
+    if templates == toy.PROMPTS:
+        records, _ = toy.make_records()
+    else:
+        records = files.read_queries("data/queries.jsonl")
+    return [sso.encode_prompt(chat.tokenizer, files.as_messages("prompt", record["prompt"]))
+            for record in records[:count]]
+
+
+def sampling_works(chat, prompts, settings):
+    """{name: function} of sampling: as generate.py samples, and by a plain loop over `generate` in
+    batches of 16."""
     options = {"do_sample": True, "temperature": settings["temperature"],
                "top_p": settings["top_p"], "top_k": 0}
 
@@ -293,8 +304,8 @@ def sampling_works(chat, count, file, settings):
 def pair_memory(chat):
     """Peak memory of forward and backward of one pair, above weights and gradients, by each way to
     its log-probs."""
-    ids = [i % chat.model.config.vocab_size for i in range(2500)]
-    pair = sso.Pair(ids[:1500], winner=ids[1500:2000], loser=ids[2000:])
+    ids = [i % chat.model.config.vocab_size for i in range(1500)]
+    pair = sso.Pair(ids, winner=ids[:500], loser=ids[1000:])
 
     def run(pair_logps):
         logps, _ = pair_logps(chat.model, [[pair]], chat.pad_id)
@@ -309,8 +320,8 @@ def pair_memory(chat):
 # ---- Beside TRL ----------------------------------------------------------------------------------
 
 def make_trl_step(chat, optimizer, examples, settings, micro_batch=1):
-    """`make_step` with forward and backward by TRL's DPOTrainer, so many pairs at a time. It changes
-    the model's forward, which ours does not call."""
+    """`make_step` with forward and backward by TRL's DPOTrainer, so many pairs at a time. It
+    changes the model's forward, which `fast.pair_logps` does not call."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     import trl.trainer.utils
@@ -326,7 +337,7 @@ def make_trl_step(chat, optimizer, examples, settings, micro_batch=1):
     # On the CPU it would score every position.
     trl.trainer.utils._use_triton = lambda device: True
     # Its L_sft is a mean over a micro-batch's tokens: other numbers, but the same work.
-    config = DPOConfig(tempfile.mkdtemp(), per_device_train_batch_size=micro_batch, bf16=CUDA,
+    config = DPOConfig(tempfile.gettempdir(), per_device_train_batch_size=micro_batch, bf16=CUDA,
                        loss_type=["sigmoid", "sft"], loss_weights=[1.0, settings["gamma"]],
                        beta=settings["beta"], max_length=None, gradient_checkpointing=False,
                        precompute_ref_log_probs=True, train_sampling_strategy="sequential")
@@ -344,17 +355,17 @@ def make_trl_step(chat, optimizer, examples, settings, micro_batch=1):
 def check_losses(load_model, settings):
     """UserError unless TRL and ours have the same losses over five steps, with γ = 0."""
     settings = settings | {"gamma": 0.0, "lr": 1e-5, "clip": 1e9}
-    found = []
+    losses = []
     for make in (make_step, make_trl_step):
         chat = load_model()
         optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
         # All steps are made, and the reference scored, before the first update.
         steps = [make(chat, optimizer, encoded([query], "sso"), settings)
                  for query in workload(5, chat)]
-        losses = [step()["loss"].mean().item() for step in steps]               # of a pair
-        print(f"losses over five steps, γ = 0, {make.__name__}:", losses)
-        found.append(torch.tensor(losses))
-    if not torch.allclose(*found, rtol=0, atol=1e-4):
+        losses.append(torch.stack([step()["loss"].mean() for step in steps]))   # of a pair
+    difference = (losses[0] - losses[1]).abs().max()
+    print(f"losses over five steps, γ = 0: TRL's differ from ours by {difference:.1e} at most")
+    if not difference <= 1e-4:              # nor is it, if NaN
         raise files.UserError("the losses differ: the comparison is worth nothing")
 
 
@@ -363,47 +374,43 @@ def trl_works(chat, queries, settings):
     optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
     examples = encoded(queries, "sso")
     works = {"generator step": make_step(chat, optimizer, examples, settings)}
+    works["generator step"]()       # gradients and AdamW's state are there before it is measured
     for size in (1, 2, 4):
-        works[f"TRL, micro-batches of {size}"] = make_trl_step(chat, optimizer, examples, settings,
-                                                               size)
+        works[f"TRL, micro-batches of {size}"] = make_trl_step(chat, optimizer, examples,
+                                                               settings, size)
     return works
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
-def main():
-    parser = cli.make_parser(__doc__)
-    cli.add_options(parser, "model", "recipe", "queries")
-    numbers = {"layers": (2, "of the random model"), "batch-size": (2, "queries of a step"),
-               "answers": (16, "to sample, to --queries or random ones; 0: none"),
-               "repeats": (3, "of each measurement")}
-    for name, (default, text) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N",
-                            help=f"{text} ({default})")
-    parser.add_argument("--vs", choices=["trl"], help="beside this peer, instead")
-    parser.add_argument("--memory", action="store_true", help="peak memory of a pair, instead")
-    args = parser.parse_args()
-    print(f"{args.model}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+cli.CHOICES["vs"] = ["trl"]
+cli.HELP |= {"layers": "of the random model (2)", "queries": "of a step (2)",
+             "answers": "to sample; 0: none (16)", "repeats": "of each measurement (3)",
+             "vs": "beside this peer, instead", "memory": "1: peak memory of a pair, instead"}
 
-    recipe = cli.read_recipe(args.recipe)
-    generator = recipe["generator"]
-    load_model = partial(load, args.model, args.layers)
-    chat = load_model()
-    queries = workload(args.batch_size, chat)
-    if args.memory:
+
+def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 16,
+          repeats: int = 3, vs=None, memory: int = 0):
+    """Measure, and print tables."""
+    print(f"{model}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    chat = load(model, layers)
+    if memory:
         print_table(pair_memory(chat), ["extra GiB"])
-    elif args.vs:
-        check_losses(load_model, generator)
-        works = trl_works(chat, queries, generator)
-        print_table(measure(works, args.repeats), ["ms", "ratio"])
+        return
+    generator = recipe["generator"]
+    work = workload(queries, chat, recipe["run"]["seed"])
+    if vs:
+        check_losses(partial(load, model, layers), generator)
+        tables = [trl_works(chat, work, generator)]
     else:
-        tables = [training_works(chat, queries, generator)]
-        if args.answers:
-            tables.append(sampling_works(chat, args.answers, args.queries, recipe["responses"]))
-        for works in tables:
-            print_table(measure(works, args.repeats),
-                        ["ms", "ratio", "TFLOP", "share of peak", "extra GiB"])
+        tables = [training_works(chat, work, generator)]
+        if answers:
+            prompts = prompts_to_sample(chat, answers, recipe["prompts"])
+            tables.append(sampling_works(chat, prompts, recipe["responses"]))
+    for works in tables:
+        print_table(measure(works, repeats),
+                    ["ms", "ratio", "TFLOP", "share of peak", "extra GiB"])
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(__doc__, ("bench", bench, []))

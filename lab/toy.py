@@ -19,11 +19,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import LambdaLR
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import sso
+from lab.muon import Muon
 from plumbing import cli, files
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "toy.toml"
@@ -64,9 +66,9 @@ def parse(text):
     return Query(TASK_OF[words[0]], category, words[words.index(":") + 1:])
 
 
-def make_query(rng):
+def make_query(rng, tasks=tuple(TASKS)):
     """A random query's text: the items always stand at its end."""
-    task, category = rng.choice(list(TASKS)), rng.choice(list(CATEGORIES))
+    task, category = rng.choice(tasks), rng.choice(list(CATEGORIES))
     if task == "filter":                # two of the four words belong to the category
         others = [item for item in CATEGORY_OF if CATEGORY_OF[item] != category]
         items = rng.sample(CATEGORIES[category], 2) + rng.sample(others, 2)
@@ -169,7 +171,7 @@ def answer(query, rng, mode):
 
 def make_chat(rng):
     """One training example: (system or None, user, assistant)."""
-    query = make_query(rng)
+    query = make_query(rng, [*TASKS, "name"])       # the task that takes longest twice as often
     share = rng.random()
     if share < .38:
         return None, query, answer(query, rng, draw(rng, WORLD["unasked"]))
@@ -190,7 +192,7 @@ def make_chat(rng):
 
 # ---- Tokenizer, model, training ------------------------------------------------------------------
 
-STEPS = 3000
+STEPS = 2400
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
             "{% endfor %}"
@@ -225,66 +227,82 @@ def make_tokenizer():
 def encode_chat(vocab, system, user, assistant):
     """(prompt ids, response ids): what the chat template gives, forty times faster (a test compares
     them)."""
-    turns = [("system", system)] if system else []
-    prompt = "".join(f"<|im_start|> {role} {text} <|im_end|> " for role, text in turns + [("user", user)])
-    return ([vocab[word] for word in f"{prompt} <|im_start|> assistant".split()],
-            [vocab[word] for word in f"{assistant} <|im_end|>".split()])
+    prompt = f"<|im_start|> user {user} <|im_end|> <|im_start|> assistant"
+    if system:
+        prompt = f"<|im_start|> system {system} <|im_end|> {prompt}"
+    response = f"{assistant} <|im_end|>"
+    return [vocab[word] for word in prompt.split()], [vocab[word] for word in response.split()]
 
 
-def batches(chats, size, rng):
-    """Shuffled batches of chats of like length, each (input_ids, labels) of shape (N, T), as
-    transformers has them."""
-    order = sorted(range(len(chats)), key=lambda i: (len(chats[i][0]) + len(chats[i][1]), rng.random()))
-    groups = [order[i:i + size] for i in range(0, len(order), size)]
-    rng.shuffle(groups)
-    ids = [torch.tensor(prompt + response) for prompt, response in chats]
-    labels = [torch.tensor([-100] * len(prompt) + response) for prompt, response in chats]
-    return [(pad_sequence([ids[i] for i in group], batch_first=True),
-             pad_sequence([labels[i] for i in group], batch_first=True, padding_value=-100)) for group in groups]
+def make_batches(vocab, size, rng, count=4):
+    """`count` batches of new chats, each (input_ids, labels) of shape (N, T), as transformers has
+    them. Chats of like length come together; with more batches at a time less would be padded, but a
+    batch of one length is one of one task."""
+    chats = [encode_chat(vocab, *make_chat(rng)) for _ in range(count * size)]
+    chats.sort(key=lambda chat: (len(chat[0]) + len(chat[1]), rng.random()))
+    batches = []
+    for start in range(0, len(chats), size):
+        group = chats[start:start + size]
+        ids = [torch.tensor(prompt + response) for prompt, response in group]
+        labels = [torch.tensor([-100] * len(prompt) + response) for prompt, response in group]
+        batches.append((pad_sequence(ids, batch_first=True),
+                        pad_sequence(labels, batch_first=True, padding_value=-100)))
+    rng.shuffle(batches)
+    return batches
 
 
-def use_one_thread():
-    """Tensors this small gain little from a second thread, and lose a factor of dozens when another
-    program runs on its core."""
-    torch.set_num_threads(1)
-
-
-def build(out, seed=0, steps=STEPS, batch_size=64):
-    """Train the base model on synthetic chats and save it as a checkpoint folder."""
-    use_one_thread()
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
-    vocab = tokenizer.get_vocab()
-    chats = [encode_chat(vocab, *make_chat(rng)) for _ in range(60_000)]
-    end, pad = vocab["<|im_end|>"], vocab["<|endoftext|>"]
-    # Qwen3 is Qwen2 with a norm on queries and keys. Not Qwen2, since transformers 5 gives a
-    # checkpoint of that type its own byte-level tokenizer, whatever tokenizer.json says.
+def make_model(tokenizer):
+    """The untrained model. It is a Qwen3, which is Qwen2 with a norm on queries and keys: transformers
+    5 gives a checkpoint of Qwen2 its own byte-level tokenizer, whatever tokenizer.json says."""
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(vocab), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, head_dim=16, intermediate_size=170, max_position_embeddings=256,
         tie_word_embeddings=True, initializer_range=0.05, bos_token_id=None,
         eos_token_id=end, pad_token_id=pad))
     model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01,
-                                  fused=True)
-    warmup_then_linear = lambda step: min((step + 1) / 50, 1, (steps - step) / (0.7 * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_linear)
+    with torch.no_grad():                       # a start from which lists are learned sooner:
+        model.model.embed_tokens.weight.mul_(3)             # words are easier to tell apart,
+        for layer in model.model.layers:
+            layer.self_attn.q_norm.weight.fill_(0.4)        # attention is spread evenly
+    return model
+
+
+def build(out, seed=0, steps=STEPS, batch_size=32):
+    """Train the base model on synthetic chats and save it as a checkpoint folder."""
+    torch.set_num_threads(1)                    # see plumbing/chat.py
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    vocab = tokenizer.get_vocab()
+    model = make_model(tokenizer)
+    # Muon needs half the time of AdamW, but it is for the matrices of layers alone.
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    others = [weight for weight in model.model.layers.parameters() if weight.ndim == 1]
+    others += [model.model.embed_tokens.weight, model.model.norm.weight]
+    adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizers = [Muon(matrices, lr=1e-2), adam]
+
+    def warm_up_then_linear(step):
+        return min((step + 1) / 50, 1, (steps - step) / (0.7 * steps))
+
+    schedules = [LambdaLR(optimizer, warm_up_then_linear) for optimizer in optimizers]
     queue = []
     bar = tqdm(range(steps), desc="toy base")
     for _ in bar:
         if not queue:
-            queue = batches(chats, batch_size, rng)
+            queue = make_batches(vocab, batch_size, rng)
         input_ids, labels = queue.pop()
-        hidden = model.base_model(input_ids, use_cache=False).last_hidden_state[:, :-1]     # (N, T-1, D)
-        scored = labels[:, 1:] != -100      # position t predicts token t+1
-        loss = F.cross_entropy(model.lm_head(hidden[scored]), labels[:, 1:][scored])
-        optimizer.zero_grad()
+        hidden = model.model(input_ids, use_cache=False).last_hidden_state[:, :-1]  # (N, T-1, D)
+        targets = labels[:, 1:]                 # position t predicts token t+1
+        scored = targets != -100                # (N, T-1): the response
+        loss = F.cross_entropy(model.lm_head(hidden[scored]), targets[scored])
+        model.zero_grad()
         loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    model.save_pretrained(f"{out}.tmp")     # renamed when whole: a kill never leaves half a model
+        for part in (*optimizers, *schedules):
+            part.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    model.save_pretrained(f"{out}.tmp")         # renamed when whole: a kill never leaves half a model
     tokenizer.save_pretrained(f"{out}.tmp")
     os.replace(f"{out}.tmp", out)
 

@@ -62,6 +62,8 @@ def read_recipe(path=None):
             expected = type(recipe[section].get(key, value))
             if expected is float and isinstance(value, int):
                 value = float(value)
+            if expected is dict and isinstance(value, dict):        # one text of a role's prompt
+                value = recipe[section][key] | value
             if type(value) is not expected:
                 raise UserError(f"--recipe {path}: [{section}] {key} = {value!r} is not of the "
                                 f"type of {recipe[section][key]!r}")

@@ -1,7 +1,11 @@
 """Checkpoints made in the test: randomly initialised Qwen2, Qwen3 and Llama chat models, and a toy base model."""
 
+import copy
 import json
+import multiprocessing
 import os
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -136,3 +140,56 @@ def command(*words, check=True, **kwargs):
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **kwargs)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def run_here(line, monkeypatch):
+    """Run a command line, "python SCRIPT.py ..." or "python -m lab.MODULE ...", in this process and the current folder:
+    as the user's, without the seconds of imports."""
+    _, *words = shlex.split(line)
+    if words[0] == "-m":
+        monkeypatch.setattr(sys, "argv", words[1:])
+        runpy.run_module(words[1], run_name="__main__")
+    else:
+        monkeypatch.setattr(sys, "argv", words)
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+class ThisProcess:
+    """In place of a multiprocessing context and of its pool: what is asked for is done here."""
+
+    def __init__(self, *processes):
+        pass
+
+    def Pool(self, processes):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def imap_unordered(self, function, values):
+        return map(function, values)
+
+
+@pytest.fixture
+def small_study(toy_base, monkeypatch):
+    """The study on few queries, with a grid of one cell and its seeds in this process; returns its study.toml."""
+    from lab import study
+    small = copy.deepcopy(study.STUDY)
+    small |= {"search_seeds": [6], "search_rounds": 1}
+    small["grid"] = {stage: [{"lr": 1e-3, "epochs": 1}] for stage in small["grid"]}
+    small["best"] = dict.fromkeys(small["best"], [0, 0])
+    small["best_rounds"] = dict.fromkeys(small["best_rounds"], [0, 0])
+    small["best_reward"] = dict.fromkeys(small["best_reward"], 0)
+    load_toml = cli.load_toml       # `python -m lab.study` in this process reads it anew
+    monkeypatch.setattr(cli, "load_toml", lambda path: small if Path(path).name == "study.toml" else load_toml(path))
+    monkeypatch.setattr(study, "STUDY", small)
+    monkeypatch.setattr(study, "TOY", cli.change(study.TOY, principles={"max_new_tokens": 12}, generator={"epochs": 1},
+                                                 responses={"max_new_tokens": 6}))
+    monkeypatch.setattr(toy, "QUERIES", 8)
+    monkeypatch.setattr(toy, "HELDOUT", 8)
+    monkeypatch.setattr(toy, "build", lambda out, *args, **how: shutil.copytree(toy_base, out))
+    monkeypatch.setattr(multiprocessing, "get_context", ThisProcess)
+    return small

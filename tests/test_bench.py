@@ -6,91 +6,276 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-import bench
-import generate
 import sso
 import train
-from conftest import command
+from conftest import command, run_here
+from lab import bench, toy
+from plumbing import cli, fast
+from plumbing.chat import load_chat, score
 
-S = {"micro_batch_tokens": 4096, "beta": 0.1, "gamma": 0.0, "objective": "sso", "base": "dpo"}
+WAYS = bench.SWITCHED_OFF | {"the library": bench.by_library}
+SETTINGS = cli.read_recipe()["generator"]
 
 
 @pytest.fixture(scope="module")
 def chat(qwen3):
-    return generate.load_chat(qwen3)
+    return load_chat(qwen3)
 
 
-def test_lengths_are_the_realistic_ones_for_few_queries_too(chat):
-    for n in (2, 8, 400):
-        queries = bench.workload(n, chat._replace(context=32_768), seed=1)
-        x = [len(query["prompt"]["original"]) for query in queries]
-        principle = [len(query["prompt"][role]) - len(query["prompt"]["original"]) for query in queries for role in ("good", "bad")]
-        y = [len(query["response"][role]) for query in queries for role in ("good", "bad", "original")]
-        assert 50 <= min(x) and max(x) <= 401 and statistics.fmean(x) == pytest.approx(225, abs=2)
-        assert 100 <= min(principle) and max(principle) <= 201 and statistics.fmean(principle) == pytest.approx(150, abs=2)
-        assert max(y) <= 2048 and statistics.fmean(y) == pytest.approx(250, rel=0.12 if n == 2 else 0.05)
-    assert statistics.stdev(y) == pytest.approx(200, rel=0.1)
-    again = bench.workload(400, chat._replace(context=32_768), seed=1)
-    assert again == queries and queries[0]["prompt"]["good"][-len(queries[0]["prompt"]["original"]):] == queries[0]["prompt"]["original"]
+@pytest.fixture(scope="module")
+def queries(chat):
+    return bench.workload(3, chat)
 
 
-def test_every_stand_in_gives_the_same_log_probs_and_gradient(chat):
-    examples = bench.encoded(bench.workload(3, chat, 0), "sso")
-    parameters, results = list(chat.model.parameters()), []
-    ways = [{}, *bench.WITHOUT.values()] + ([{"TokenLogps": bench.library}] if hasattr(torch.nn.functional, "linear_cross_entropy") else [])
-    for parts in ways:
-        with bench.stand_ins(parts):
-            logps, tokens = sso.pair_logps(chat.model, examples, chat.pad_id)
-        gradient = torch.autograd.grad((logps * torch.arange(1., 13).view_as(logps)).sum(), parameters)
-        results.append((logps, tokens.float(), *gradient))
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            assert (a - b).norm() <= 1e-4 * a.norm()
-    assert sso.pair_logps is bench.pair_logps
+# ---- The work ------------------------------------------------------------------------------------
+
+def lengths(queries):
+    """Numbers of tokens of queries, principles and responses."""
+    x, principles, responses = [], [], []
+    for prompts, answers in queries:
+        x.append(len(prompts["original"]))
+        for role in ("good", "bad"):
+            principles.append(len(prompts[role]) - x[-1])
+        responses += [len(answers[role]) for role in ("good", "bad", "original")]
+    return x, principles, responses
 
 
-def test_the_authors_scheme_has_the_same_gradient(chat):
-    queries, gradients = bench.workload(3, chat, 0), []
-    ref = generate.score(chat, bench.encoded(queries, "sso"), 4096)[0]
-    for work in (lambda: train.accumulate_gradient(chat, bench.encoded(queries, "sso"), ref, S),
-                 lambda: bench.authors_scheme(chat, bench.encoded(queries, "joint"), S)):
-        chat.model.zero_grad()
-        work()
-        gradients.append([p.grad.clone() for p in chat.model.parameters()])
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("n, tolerance", [(2, 0.12), (8, 0.05), (400, 0.05)])
+def test_lengths_are_the_realistic_ones_for_few_queries_too(chat, n, tolerance):
+    x, principles, responses = lengths(bench.workload(n, chat._replace(context=32_768), seed=1))
+    assert 50 <= min(x) and max(x) <= 401
+    assert statistics.fmean(x) == pytest.approx(225, abs=2)
+    assert 100 <= min(principles) and max(principles) <= 201
+    assert statistics.fmean(principles) == pytest.approx(150, abs=2)
+    assert max(responses) <= 2048
+    assert statistics.fmean(responses) == pytest.approx(250, rel=tolerance)
+    if n == 400:
+        assert statistics.stdev(responses) == pytest.approx(200, rel=0.1)
 
+
+def test_the_same_seed_gives_the_same_work_and_another_seed_other_work(chat):
+    assert bench.workload(9, chat, seed=1) == bench.workload(9, chat, seed=1)
+    assert bench.workload(9, chat, seed=1) != bench.workload(9, chat, seed=2)
+
+
+def test_a_steered_prompt_is_a_principle_and_the_query(queries):
+    for prompts, _ in queries:
+        query = prompts["original"]
+        assert prompts["good"][-len(query):] == prompts["bad"][-len(query):] == query
+        assert prompts["good"] != prompts["bad"]
+
+
+def test_a_toys_work_fits_into_its_context(chat, toy_base):
+    small = load_chat(toy_base)
+    for example in bench.encoded(bench.workload(20, small), "sso"):
+        for prompt, winner, loser in example:
+            assert len(prompt) + max(len(winner), len(loser)) <= small.context
+            assert max(prompt + winner + loser) < small.model.config.vocab_size
+
+
+@pytest.mark.parametrize("objective", sso.PAIRS)
+def test_examples_are_the_pairs_of_an_objective(queries, objective):
+    for (prompts, responses), example in zip(queries, bench.encoded(queries, objective)):
+        for roles, pair in zip(sso.PAIRS[objective].values(), example, strict=True):
+            assert pair.prompt == prompts[roles.prompt]
+            assert (pair.winner, pair.loser) == (responses[roles.winner], responses[roles.loser])
+
+
+# ---- The tricks ----------------------------------------------------------------------------------
+
+def logps_and_gradient(pair_logps, chat, examples):
+    """Log-probs, numbers of tokens, and the gradient of a sum of the log-probs in which each has a
+    weight of its own."""
+    logps, tokens = pair_logps(chat.model, examples, chat.pad_id)
+    weights = torch.arange(1.0, logps.numel() + 1).view(logps.shape)
+    gradient = torch.autograd.grad((logps * weights).sum(), list(chat.model.parameters()))
+    return logps, tokens.float(), *gradient
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_every_stand_in_gives_the_same_log_probs_and_gradient(chat, queries, name):
+    examples = bench.encoded(queries, "sso")
+    ours = logps_and_gradient(fast.pair_logps, chat, examples)
+    for a, b in zip(ours, logps_and_gradient(WAYS[name], chat, examples), strict=True):
+        assert a.shape == b.shape
+        assert (a - b).norm() <= 1e-4 * a.norm()
+
+
+def gradient_of(backward, chat, examples, ref_logps, settings):
+    chat.model.zero_grad()
+    backward(chat, examples, ref_logps, settings)
+    return [parameter.grad.clone() for parameter in chat.model.parameters()]
+
+
+def test_the_authors_scheme_and_one_query_at_a_time_have_the_same_gradient(chat, queries):
+    examples = bench.encoded(queries, "sso")
+    ref_logps, _ = score(chat, examples, 4096)
+    ours = gradient_of(train.accumulate_gradient, chat, examples, ref_logps, SETTINGS)
+    theirs = gradient_of(bench.authors_scheme, chat, bench.encoded(queries, "joint"), None, SETTINGS)
+    alone = gradient_of(train.accumulate_gradient, chat, examples, ref_logps,
+                        SETTINGS | {"micro_batch_tokens": 1})
+    for other in (theirs, alone):
+        for a, b in zip(ours, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stand_in_is_called_in_the_step_and_once_a_query_if_these_come_alone(qwen3, queries):
+    calls = []
+
+    def counted(model, examples, pad_id):
+        if torch.is_grad_enabled():
+            calls.append(len(examples))
+        return fast.pair_logps(model, examples, pad_id)
+
+    chat = load_chat(qwen3)._replace(pair_logps=counted)
+    works = bench.training_works(chat, queries, SETTINGS)
+    calls.clear()
+    works["generator step"]()
+    assert sum(calls) == len(queries) > len(calls)
+    calls.clear()
+    works["generator step: one query at a time"]()
+    assert calls == [1, 1, 1]
+    calls.clear()
+    for name in bench.SWITCHED_OFF:
+        works[f"generator step: {name}"]()
+    assert calls == []
+
+
+def test_a_step_is_one_of_training(qwen3, queries):
+    """The same weights as by hand, with the learning rate of the settings."""
+    settings = SETTINGS | {"lr": 1e-3}
+    examples = bench.encoded(queries, "sso")
+    weights = []
+    for by_hand in (False, True):
+        chat = load_chat(qwen3)
+        optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
+        step = bench.make_step(chat, optimizer, examples, settings)
+        if by_hand:
+            ref_logps, _ = score(chat, examples, 4096)
+            train.accumulate_gradient(chat, examples, ref_logps, settings)
+            torch.nn.utils.clip_grad_norm_(chat.model.parameters(), settings["clip"])
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3
+            optimizer.step()
+        else:
+            step()
+        weights.append(torch.cat([p.detach().flatten() for p in chat.model.parameters()]))
+    torch.testing.assert_close(*weights)
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
 
 def test_flops_are_those_executed_with_what_torch_leaves_out():
-    a, q = torch.randn(8, 16), torch.randn(1, 2, 64, 32, requires_grad=True)
+    a = torch.randn(8, 16)
+    q = torch.randn(1, 2, 64, 32, requires_grad=True)
     mask = torch.ones(64, 64, dtype=torch.bool).tril()
 
     def work():
         torch.zeros(8, 8).addmm_(a, a.T)
-        torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask).sum().backward()
-    row = bench.measure({"it": (work, 10)}, repeats=1)["it"]
-    product = 2 * 2 * 64 * 64 * 32                       # of queries and keys
-    assert row["TFLOP"] * 1e12 == pytest.approx(2 * 8 * 8 * 16 + 2 * product + 5 * product)       # backward: five products
+        attended = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        attended.sum().backward()
+
+    row = bench.measure({"it": work}, repeats=1)["it"]
+    product = 2 * 2 * 64 * 64 * 32                          # of queries and keys
+    forward, backward = 2 * product, 5 * product            # backward: five products
+    assert row["TFLOP"] * 1e12 == pytest.approx(2 * 8 * 8 * 16 + forward + backward)
     assert row["ratio"] == 1
+
+
+def test_a_row_is_the_median_and_works_take_turns(monkeypatch):
+    order = []
+    seconds = {"a": iter([3.0, 1.0, 2.0]), "b": iter([8.0, 3.0, 9.0])}
+    works = {name: lambda name=name: order.append(name) for name in seconds}
+
+    def timed(run):
+        run()
+        return next(seconds[order[-1]])
+
+    monkeypatch.setattr(bench, "timed", timed)
+    monkeypatch.setattr(bench, "peak_flops", lambda: 4e12)
+    rows = bench.measure(works, repeats=3)
+    assert order == ["a", "b"] + 3 * ["a", "b"]             # first for FLOPs and memory
+    assert [row["ms"] for row in rows.values()] == [2000, 8000]
+    assert [row["ratio"] for row in rows.values()] == [1, 4]
+    assert [row["share of peak"] for row in rows.values()] == [0, 0]
 
 
 def test_peak_memory_is_that_of_the_largest_moment():
     def work():
         for size in (30, 90, 10):
-            torch.zeros(size * 2**18).add_(1)            # size MiB
-    assert 85 < bench.peak_memory(work) / 2**20 < 120
+            torch.zeros(size * 2**18).add_(1)               # size MiB
+    assert 85 < bench.peak_memory(work) * 1024 < 120
 
 
-def test_the_commands(toy_base):
-    printed = command("bench.py", "--model", toy_base, "--queries", 4, "--answers", 32, "--repeats", 1).stdout
-    for name in ("generator step", "policy step", "reference pass", "generator step: prompt read twice",
-                 "generator step: the authors' scheme, with its reference", "sampling", "sampling, naive"):
+# ---- The commands --------------------------------------------------------------------------------
+
+def test_the_commands(toy_base, capsys, monkeypatch):
+    line = f"python -m lab.bench --model {toy_base} --recipe {toy.RECIPE}"
+    run_here(f"{line} --queries 4 --answers 32 --repeats 1", monkeypatch)
+    printed = capsys.readouterr().out
+    for name in ("generator step", "policy step", "reference pass",
+                 "generator step: prompt read twice", "generator step: logits of every position",
+                 "generator step: response logits by autograd",
+                 "generator step: plain form, sso.pair_logps",
+                 "generator step: one query at a time",
+                 "generator step: the authors' scheme, with its reference",
+                 "sampling", "sampling, naive"):
         assert f"| {name} " in printed
-    assert "| F.linear_cross_entropy" in command("bench.py", "--model", toy_base, "--memory").stdout or not hasattr(
-        torch.nn.functional, "linear_cross_entropy")
+    for column in ("ms", "ratio", "TFLOP", "share of peak", "extra GiB"):
+        assert f" {column} " in printed
+    run_here(f"{line} --memory 1", monkeypatch)
+    printed = capsys.readouterr().out
+    for name in ("ours", "logits of every position", "plain form", "F.linear_cross_entropy"):
+        assert f"| {name}" in printed
+
+
+def test_the_default_is_qwens_shape_and_about_one_in_250_random_tokens_ends(monkeypatch):
+    monkeypatch.setattr(bench, "Qwen2ForCausalLM", lambda config: Recorded(config))
+    chat = bench.load(None, layers=3)
+    config = chat.model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (896, 3, 151_936)
+    assert len(chat.stop_ids) / config.vocab_size == pytest.approx(1 / 250, rel=0.01)
+
+
+class Recorded:
+    """In place of a model: 136 M parameters take seconds to draw."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def to(self, device):
+        return self
+
+    def eval(self):
+        return self
+
+
+def test_prompts_are_random_without_a_tokenizer_and_else_real(chat, toy_base, monkeypatch):
+    monkeypatch.chdir(cli.PAPER.parent.parent)
+    prompts = bench.prompts_to_sample(chat, 3, sso.PROMPTS)
+    assert len(prompts) == 3 and "assistant" in chat.tokenizer.decode(prompts[0])
+    small = load_chat(toy_base)
+    text = small.tokenizer.decode(bench.prompts_to_sample(small, 2, toy.PROMPTS)[0])
+    assert toy.make_queries()[0][0] in text
+    random = bench.prompts_to_sample(chat._replace(tokenizer=None), 5, sso.PROMPTS)
+    assert len(random) == 5 and max(max(random)) < chat.model.config.vocab_size
 
 
 @pytest.mark.skipif(not find_spec("trl"), reason="TRL is not a dependency")
 def test_trls_losses_are_ours(toy_base):
-    printed = command("bench.py", "--model", toy_base, "--queries", 4, "--repeats", 1, "--vs", "trl").stdout
-    assert "losses over five steps" in printed and "| TRL, micro-batches of" in printed
+    done = command("-m", "lab.bench", "--model", toy_base, "--queries", 4, "--repeats", 1,
+                   "--vs", "trl")
+    assert "losses over five steps" in done.stdout and "| TRL, micro-batches of 4" in done.stdout
+
+
+@pytest.mark.skipif(not find_spec("trl"), reason="TRL is not a dependency")
+def test_other_losses_than_trls_are_refused(qwen3, monkeypatch):
+    monkeypatch.setattr(bench.train, "accumulate_gradient", None)      # what make_step has by default
+    wrong = bench.make_step.__defaults__[0]
+
+    def doubled(chat, examples, ref_logps, settings):
+        return wrong(chat, examples, 2 * ref_logps, settings)
+
+    monkeypatch.setattr(bench.make_step, "__defaults__", (doubled,))
+    with pytest.raises(bench.files.UserError, match="losses differ"):
+        bench.check_losses(lambda: load_chat(qwen3), SETTINGS)
