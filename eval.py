@@ -36,6 +36,8 @@ def load_critic(grader=None, judge=None, judge_pairs=JUDGE_PAIRS, prompts=sso.PR
     None for no critic."""
     if grader and judge:
         raise UserError("--grader and --judge exclude each other")
+    if judge_pairs < 1:
+        raise UserError("--judge-pairs is at least 1")
     if grader:
         return partial(grader_marks, cli.load_grader(grader)), None
     if judge:
@@ -68,11 +70,12 @@ def judge_marks(chat, prompts, comparisons, budget=4096):
 
 
 def is_better(comparison, marks):
-    """1 if a is better than b, 0 if b is, else 0.5. An empty response loses, whatever the marks."""
+    """1 if a is better than b, 0 if b is, else 0.5. An empty response is the worst, whatever its
+    mark."""
     _, a, b = comparison
-    if bool(a.text.strip()) != bool(b.text.strip()):
-        return float(bool(a.text.strip()))
-    return 0.5 + 0.5 * (marks[0] > marks[1]) - 0.5 * (marks[0] < marks[1])
+    mark_a = marks[0] if a.text.strip() else -1
+    mark_b = marks[1] if b.text.strip() else -1
+    return 0.5 + 0.5 * (mark_a > mark_b) - 0.5 * (mark_a < mark_b)
 
 
 def draw(items, limit):
@@ -125,7 +128,7 @@ def measure_pairs(path, policy, critic, recipe, objective="policy", limit=None):
     over loser, and the quality of y+, yo, y- (their marks, beside yo), are of `limit` of them.
     `objective` says which responses are winner and loser."""
     roles = next(iter(sso.PAIRS[objective].values()))
-    records = read_jsonl(path, needs=("prompt", sso.COLUMNS[roles.winner]))
+    records = read_jsonl(path, needs=("prompt", *(sso.COLUMNS[role] for role in roles[1:])))
     chat = load_chat(policy)
     measures = {"pairs": len(records)}
     for name, role in (("p(chosen)", roles.winner), ("p(rejected)", roles.loser),

@@ -57,7 +57,7 @@ def written_principles(principles, queries, out, recipe):
 
     One with a prompt is that query's; of those without, two are drawn for each other query, and
     joined."""
-    seed = recipe["run"]["seed"]
+    seed = cli.stage_settings(recipe, "run")["seed"]
     keys = ("good_principle", "bad_principle")
     by_query, general = {}, []
     for record in files.read_jsonl(principles, needs=keys):

@@ -390,7 +390,7 @@ EXAMPLE = {
 }
 
 
-def print_numbers(logps, ref_logps, parts):
+def print_numbers(logps, ref_logps, parts, gamma):
     """Print every number of Eq. 1, 2 and 4 for one query: tensors (2, R, 1), parts of
     `sso_loss`."""
     for row, (term, roles) in enumerate(PAIRS["sso"].items()):
@@ -400,7 +400,7 @@ def print_numbers(logps, ref_logps, parts):
                   f"changed by {logp - ref_logp:+.3f}")
         part = {name: values[row].item() for name, values in parts.items()}
         margin = part["chosen_rewards"] - part["rejected_rewards"]
-        print(f"  {term} = L_base + γ · L_sft = {part['base']:.4f} + 0.1 · {part['sft']:.4f} = "
+        print(f"  {term} = L_base + γ · L_sft = {part['base']:.4f} + {gamma} · {part['sft']:.4f} = "
               f"{part['loss']:.4f}   (reward margin {margin:+.4f})")
     print(f"  L_SSO = L+ + L- = {parts['loss'].sum():.4f}")
 
@@ -430,7 +430,7 @@ def worked_example(beta=0.1, gamma=0.1, lr=0.01):
     ref_logps = logps.detach()              # the reference is the model before its first update
     loss, parts = sso_loss(logps, ref_logps, tokens, "dpo", gamma, beta=beta)
     print("\nStep zero. Policy = reference: margins are 0, and L_base is ln 2 = 0.6931\n")
-    print_numbers(logps, ref_logps, parts)
+    print_numbers(logps, ref_logps, parts, gamma)
     loss.sum().backward()
     print("\nThe gradient of L_SSO by each log-probability: negative pushes it up, positive down\n")
     for row, term in enumerate(PAIRS["sso"]):
@@ -444,7 +444,7 @@ def worked_example(beta=0.1, gamma=0.1, lr=0.01):
     print("\nAfter one step. All share the model's weights, so what is pushed down may rise, as y+")
     print("under x- here: it wins under x+, and this model hardly tells the two prompts apart.")
     print("What counts are the margins: both have grown.\n")
-    print_numbers(logps, ref_logps, parts)
+    print_numbers(logps, ref_logps, parts, gamma)
 
 
 if __name__ == "__main__":

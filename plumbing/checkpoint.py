@@ -82,7 +82,7 @@ class Progress:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is KeyboardInterrupt:
+        if kind is KeyboardInterrupt and not Path(self.out, "config.json").exists():
             with uninterrupted():
                 self.save()
 

@@ -6,10 +6,10 @@ is the help of the setting's flag.
 
 import argparse
 import copy
-import importlib.util
 import inspect
 import math
 import re
+import runpy
 import sys
 import tomllib
 from pathlib import Path
@@ -33,9 +33,7 @@ def load_toml(path):
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
-    except FileNotFoundError:
-        raise UserError(f"--recipe {path}: no such file") from None
-    except ValueError as error:                     # not TOML, or not UTF-8
+    except (OSError, ValueError) as error:          # no such file; not TOML, or not UTF-8
         raise UserError(f"--recipe {path}: {error}") from None
 
 
@@ -44,30 +42,37 @@ def loss_settings():
     names = set()
     for loss in sso.BASE_LOSSES.values():
         names |= set(inspect.signature(loss).parameters)
-    return names
+    return names - {"policy_logps", "ref_logps", "tokens", "others"}
+
+
+def update(settings, given, place, extra=()):
+    """Put given values in the place of settings: known ones, or `extra`, and of the same type."""
+    for key, value in given.items():
+        if key not in settings and key not in extra:
+            raise UserError(f"{place} has no {key!r}; it has {', '.join(settings)}")
+        known = settings.get(key, value)
+        if isinstance(known, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(known):
+            raise UserError(f"{place} {key} = {value!r} is not of the type of {known!r}")
+        if isinstance(value, dict):
+            update(known, value, f"{place} {key}:")
+        else:
+            settings[key] = value
 
 
 def read_recipe(path=None):
     """The settings of every stage and the prompts: those of the paper, and over them a recipe's
     own."""
     recipe = load_toml(PAPER) | {"prompts": copy.deepcopy(sso.PROMPTS)}
-    given = load_toml(path) if path else {}
-    for section, values in given.items():
-        if section not in recipe:
-            raise UserError(f"--recipe {path}: no [{section}]; there are {', '.join(recipe)}")
-        for key, value in values.items():
-            if key not in recipe[section] and key not in loss_settings():
-                raise UserError(f"--recipe {path}: [{section}] has no {key!r}; it has "
-                                f"{', '.join(recipe[section])}")
-            expected = type(recipe[section].get(key, value))
-            if expected is float and isinstance(value, int):
-                value = float(value)
-            if expected is dict and isinstance(value, dict):        # one text of a role's prompt
-                value = recipe[section][key] | value
-            if type(value) is not expected:
-                raise UserError(f"--recipe {path}: [{section}] {key} = {value!r} is not of the "
-                                f"type of {recipe[section][key]!r}")
-            recipe[section][key] = value
+    if path:
+        given = load_toml(path)
+        extra = {"generator": loss_settings(), "policy": loss_settings()}
+        for section in given:
+            if section not in recipe or not isinstance(given[section], dict):
+                raise UserError(f"--recipe {path}: no [{section}]; there are {', '.join(recipe)}")
+            update(recipe[section], given[section], f"--recipe {path}: [{section}]",
+                   extra.get(section, ()))
     return recipe
 
 
@@ -81,8 +86,10 @@ def change(recipe, **sections):
 
 def stage_settings(recipe, stage):
     """The settings of a stage, with the run's seed. UserError if one is out of its range."""
-    settings = recipe["run"] | recipe[stage]
+    settings, paper = recipe["run"] | recipe[stage], load_toml(PAPER)
     for key, value in settings.items():
+        if key not in paper["run"] | paper[stage]:      # of a base loss of one's own
+            continue
         flag = f"{stage}: --{key.replace('_', '-')} {value}"
         if key in CHOICES:
             if value not in CHOICES[key]:
@@ -217,17 +224,18 @@ def load_grader(path):
     query."""
     if not Path(path).is_file():
         raise UserError(f"--grader {path}: no such file")
-    spec = importlib.util.spec_from_file_location("grader", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "grade"):
+    try:
+        graders = runpy.run_path(str(path))
+    except Exception as error:              # of any kind: the file is the user's own
+        raise UserError(f"--grader {path}: {type(error).__name__}: {error}") from error
+    if "grade" not in graders:
         raise UserError(f"--grader {path}: it has no function grade(query, response, finished)")
 
     def grade(query, response):
         place = f"--grader {path}, on the query {query[:60]!r}"
         try:
-            mark = float(module.grade(query, response.text, response.finished))
-        except Exception as error:      # of any kind: the file is the user's own
+            mark = float(graders["grade"](query, response.text, response.finished))
+        except Exception as error:
             raise UserError(f"{place}: {type(error).__name__}: {error}") from error
         if not 0 <= mark <= 1:
             raise UserError(f"{place}: {mark} is no mark from 0 to 1")

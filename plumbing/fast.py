@@ -172,7 +172,10 @@ def reads_rows(model):
     """Whether `pair_logps` equals its plain form on a small pair: not where attention ignores a
     mask, or where logits are changed behind the head (Granite, Gemma 2)."""
     example = [([0, 1], [1, 0, 0], [0, 1])]
-    logps, _ = pair_logps(model, [example], 0)
     plain, _ = sso.pair_logps(model, [example], 0)
+    try:
+        logps, _ = pair_logps(model, [example], 0)
+    except (TypeError, ValueError, RuntimeError):       # it does not take such positions or masks
+        return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
     return torch.allclose(logps, plain, rtol=tolerance)

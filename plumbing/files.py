@@ -31,7 +31,10 @@ def read_jsonl(path, needs=("prompt",)):
         raise UserError(f"{path}: no such file")
     records = []
     # Bytes and not splitlines(), which would also split at separators that a text may hold.
-    for number, line in enumerate(Path(path).read_bytes().rstrip().split(b"\n"), 1):
+    content = Path(path).read_bytes().rstrip()
+    if not content:
+        raise UserError(f"{path}: an empty file")
+    for number, line in enumerate(content.split(b"\n"), 1):
         try:
             records.append(parse_record(line, needs))
         except ValueError as error:
@@ -53,7 +56,10 @@ def parse_record(line, needs):
         if column in record:
             record[column] = as_messages(column, record[column])
     for key in needs:
-        if not record.get(key) or not str(record[key]).strip():
+        value = record.get(key)
+        has_messages = isinstance(value, list) and key in ("prompt", *sso.COLUMNS.values())
+        has_text = isinstance(value, str) and value.strip()
+        if not value or not (has_messages or has_text):
             raise ValueError(f"a record without a {key!r}")
     return record
 

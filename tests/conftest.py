@@ -147,11 +147,9 @@ def run_here(line, monkeypatch):
     as the user's, without the seconds of imports."""
     _, *words = shlex.split(line)
     if words[0] == "-m":
-        monkeypatch.setattr(sys, "argv", words[1:])
-        runpy.run_module(words[1], run_name="__main__")
-    else:
-        monkeypatch.setattr(sys, "argv", words)
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        words[:2] = [words[1].replace(".", "/") + ".py"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
 class ThisProcess:

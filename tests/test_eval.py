@@ -9,7 +9,7 @@ import torch
 
 import eval as evaluation
 import sso
-from conftest import PAPER, TOY, command, make_checkpoint, run_here, write_jsonl
+from conftest import PAPER, TOY, make_checkpoint, run_here, write_jsonl
 from lab import toy
 from plumbing.chat import load_chat
 from plumbing.files import UserError, read_jsonl
@@ -17,7 +17,6 @@ from plumbing.tables import print_table, stat
 
 PAIRS = [(f"Query {i}?", sso.Response(f"answer {i}", True), sso.Response("x" * (i % 7 + 1) + " else", True))
          for i in range(20)]
-BY_LENGTH = "def grade(query, response, finished):\n    return len(response) / 100\n"
 
 
 def one_mind(a, b):
@@ -52,7 +51,6 @@ def test_the_better_mark_wins_and_an_empty_response_loses(a, b, marks, expected)
 
 def test_two_empty_responses_tie_whatever_the_critic_says():
     """A grader may look at `finished`, which is not the same for both."""
-    # FAILS: eval.is_better leaves two empty responses to the critic's marks.
     comparison = ("q", sso.Response("", True), sso.Response("", False))
     assert evaluation.is_better(comparison, (0.6, 0.5)) == evaluation.is_better(comparison, (0.5, 0.6)) == 0.5
 
@@ -94,7 +92,8 @@ def test_a_judge_that_cannot_tell_gives_half(judge):
     """A random model on pairs without a difference in kind: within four standard errors of 50 %."""
     pairs = [(f"Query {i}?", sso.Response(f"{3 * i % 97} trees", True), sso.Response(f"{5 * i % 89} trees", True))
              for i in range(120)]
-    marks = first_marks(critic_of(judge=judge)(pairs))
+    short = sso.PROMPTS | {"judge": {"system": "Which is better?", "user": "{query} m: {m}, M: {M}"}}
+    marks = first_marks(critic_of(judge=judge, prompts=short)(pairs))
     assert {0.0, 0.5, 1.0} == set(marks)
     assert abs(statistics.fmean(marks) - 0.5) < 4 * statistics.stdev(marks) / math.sqrt(120)
 
@@ -168,6 +167,7 @@ def test_a_judge_sees_few_comparisons_a_grader_all_and_both_are_refused(qwen3):
 
 @pytest.mark.parametrize("text, message", [
     (None, "--grader {path}: no such file"),
+    ("import no_such_module", "--grader {path}: ModuleNotFoundError: No module named 'no_such_module'"),
     ("mark = 1", "--grader {path}: it has no function grade(query, response, finished)"),
     ("def grade(*a): return 1 / 0", "--grader {path}, on the query 'Query 0?': ZeroDivisionError: division by zero"),
     ("def grade(query, response): return 1", "--grader {path}, on the query 'Query 0?': TypeError: "),
@@ -186,14 +186,10 @@ def test_a_grader_that_is_of_no_use_ends_in_one_line(qwen3, tmp_path, monkeypatc
     assert str(end.value).startswith("error: " + message.format(path=path)) and "\n" not in str(end.value)
 
 
-def test_a_grader_without_the_ending_py_is_one_line_too(tmp_path):
-    # FAILS: cli.load_grader: spec_from_file_location gives None, AttributeError: 'NoneType' has no attribute 'loader'
+def test_a_grader_may_have_any_ending(tmp_path):
     path = tmp_path / "mine.txt"
-    path.write_text(BY_LENGTH)
-    try:
-        assert critic_of(grader=path)(PAIRS[:1]) == [(0.08, 0.06)]
-    except UserError as error:
-        assert str(path) in str(error)
+    path.write_text("def grade(query, response, finished):\n    return len(response) / 100\n")
+    assert critic_of(grader=path)(PAIRS[:1]) == [(0.08, 0.06)]
 
 
 # ---- Pairs ---------------------------------------------------------------------------------------
@@ -262,10 +258,10 @@ def test_an_empty_response_loses_its_pair_before_a_judge_too(judge, qwen3, tmp_p
     """For empty y- and for empty y+: the opinion of this judge differs from query to query."""
     critic = critic_of(judge=judge)
     empty = sso.Response("", True)
-    marks = first_marks(critic([(q, a, empty) for q, a, _ in PAIRS]))
+    marks = first_marks(critic([(q, a, empty) for q, a, _ in PAIRS[:10]]))
     assert min(marks) < 1 and max(marks) > 0
     for column, accuracy in (("rejected", 1), ("chosen", 0)):
-        records = [{"prompt": q, "chosen": a.text, "rejected": b.text} | {column: ""} for q, a, b in PAIRS]
+        records = [{"prompt": q, "chosen": a.text, "rejected": b.text} | {column: ""} for q, a, b in PAIRS[:10]]
         path = write_jsonl(tmp_path / "d.jsonl", records)
         measures = evaluation.measure_pairs(path, qwen3, critic, PAPER)
         assert measures["accuracy"]["mean"] == accuracy and measures["ties"]["mean"] == 0
@@ -292,7 +288,6 @@ def test_what_a_file_does_not_have_is_not_measured(toy_base, tmp_path, records):
 
 
 def test_a_file_without_the_losers_is_refused_in_one_line(toy_base, tmp_path, records):
-    # FAILS: eval.measure_pairs asks for the winner's column alone; StatisticsError from an empty list
     for record in records:
         del record["rejected"]
     with pytest.raises(UserError, match="d.jsonl, line 1: a record without a 'rejected'"):
@@ -440,7 +435,6 @@ def test_the_judge_through_the_commands(judge, qwen3, tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_a_judge_has_to_see_a_pair(qwen3, tmp_path, monkeypatch, number):
-    # FAILS: eval.py and run.py do not check --judge-pairs; StatisticsError (0) or ValueError (-1) from deep inside
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q", "original": "a"}])
     with pytest.raises(SystemExit, match="--judge-pairs"):
         run_here(f"python eval.py answers {data} --judge {qwen3} --judge-pairs={number}", monkeypatch)
@@ -473,8 +467,3 @@ def test_the_report_of_a_run_is_printed_again_and_a_missing_one_is_named(tmp_pat
     assert row_of(policies, "SSO")["quality"] == "0.750 ± 0.250" and row_of(policies, "base")["win rate"] == "-"
     with pytest.raises(SystemExit, match="none/report.json: no such file; `python run.py --out none` writes it"):
         run_here("python eval.py report none", monkeypatch)
-
-
-def test_a_command_line_of_eval_in_a_process_of_its_own(tmp_path):
-    done = command("eval.py", "answers", tmp_path / "none.jsonl", check=False)
-    assert (done.returncode, done.stderr) == (1, f"error: {tmp_path / 'none.jsonl'}: no such file\n")

@@ -309,6 +309,24 @@ def test_a_query_without_principles_gets_the_fixed_pair_and_is_counted(qwen3, tm
     assert "2 queries, 2 with the fixed pair" in capsys.readouterr().out
 
 
+def test_principles_of_an_answer_stand_in_their_columns_under_their_query(qwen3, tmp_path, monkeypatch):
+    def fake(chat, prompts, seed, settings):
+        answers = []
+        for (message,) in prompts:
+            query = message["content"].removesuffix("\n### Bad Guideline").rsplit("\n", 1)[-1]
+            answers.append(f"Be bad at {query}.\n### Good Guideline\nBe good at {query}." if query != "B" else "No.")
+        return sampling.Sampled([sso.Response(answer, True) for answer in answers], 1)
+
+    monkeypatch.setattr(generate, "sample", fake)
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "A", "n": 1}, {"prompt": "B"}, {"prompt": "CC"}])
+    generate.principles(qwen3, queries, tmp_path / "p.jsonl", PAPER)
+    fixed = (sso.PROMPTS["fallback_good"], sso.PROMPTS["fallback_bad"])
+    keys = ("good_principle", "bad_principle", "fallback", "n")
+    assert [tuple(record.get(key) for key in keys) for record in files.read_jsonl(tmp_path / "p.jsonl")] == [
+        ("Be good at A.", "Be bad at A.", False, 1), (*fixed, True, None),
+        ("Be good at CC.", "Be bad at CC.", False, None)]
+
+
 def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
     texts = ["a\u2028b\x85c\r\nd", "zwei\nZeilen"]
     path = tmp_path / "q.jsonl"
@@ -651,14 +669,14 @@ def test_the_recipes_that_are_shipped_can_be_read_and_used():
 @pytest.mark.parametrize("text, message", [
     ("[polices]\nlr = 1.0", r"\[polices\].* run, principles, responses, generator, policy"),
     ("lr = 1.0", r"\[lr\].* run, principles, "),
-    ("policy = 3", "policy"),               # FAILS: AttributeError: 'int' object has no attribute 'items'
+    ("policy = 3", "policy"),
     ("[policy]\nlearning_rate = 1.0", r"\[policy\] has no 'learning_rate'; it has objective, base_loss, beta, "),
     ("[responses]\nlr = 1.0", r"\[responses\] has no 'lr'; it has batch_size, temperature, "),
-    ("[responses]\nbeta = 1.0", r"\[responses\] has no 'beta'"),     # FAILS: the name of a loss's setting anywhere
-    ("[policy]\ntokens = 1", r"\[policy\] has no 'tokens'"),     # FAILS: any parameter of a loss counts as a setting
+    ("[responses]\nbeta = 1.0", r"\[responses\] has no 'beta'"),
+    ("[policy]\ntokens = 1", r"\[policy\] has no 'tokens'"),
     ("[prompts]\ngod = 'x'", r"\[prompts\] has no 'god'; it has principles, "),
-    ("[prompts.good]\nsytem = 'x'\nuser = '{query}'", "sytem"),     # FAILS: what is in a role's table is not looked at
-    ("[prompts.good]\nsystem = 3\nuser = '{query}'", "system"),         # FAILS: as above
+    ("[prompts.good]\nsytem = 'x'\nuser = '{query}'", "sytem"),
+    ("[prompts.good]\nsystem = 3\nuser = '{query}'", "system"),
     ("[prompts]\ngood = 'x'", r"\[prompts\] good = 'x' is not of the type of {'system': "),
     ("[policy]\nlr = 'high'", r"\[policy\] lr = 'high' is not of the type of 5e-07"),
     ("[policy]\nepochs = 1.5", r"\[policy\] epochs = 1.5 is not of the type of 1"),

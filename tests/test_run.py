@@ -155,6 +155,15 @@ def test_the_run_says_who_is_better_as_the_measures_do(toy_base, tmp_path):
 
 # ---- Everything that is compared -----------------------------------------------------------------
 
+@pytest.mark.parametrize("objective, sampled", [("sso", 4), ("policy", 4), ("original", 14), ("joint", 14)])
+def test_yo_is_sampled_where_it_is_needed(toy_base, tmp_path, objective, sampled):
+    """For the queries that the generator is trained on; for all of them where the policy learns from yo."""
+    # FAILS [joint]: run.run_round asks for yo of all queries by the name "original" alone; joint's L- needs it, too
+    recipe = cli.change(FEW, generator={"examples": 4})
+    out, _ = small_run(toy_base, tmp_path, recipe, objective=objective)
+    assert sum("original" in record for record in files.read_jsonl(out / "responses.jsonl")) == sampled
+
+
 @pytest.mark.parametrize("objective", ["policy", "original", "joint"])
 def test_without_a_generator_the_policys_own_pairs_are_used(toy_base, tmp_path, objective):
     out, report = small_run(toy_base, tmp_path, objective=objective, base_loss="ipo")
@@ -225,8 +234,7 @@ def test_every_round_is_a_folder_that_starts_from_the_policy_before(toy_base, tm
     writer = shutil.copytree(toy_base, tmp_path / "writer")
     how = {"rounds": 3, "principle_model": writer, "count": 24}
     out, report = small_run(toy_base, tmp_path, **how)
-    assert list(report) == ["base", "PBAA 1", "SSO 1", "SSO 2", "SSO 3"] or list(report) == [
-        "base", "PBAA", "SSO 1", "SSO 2", "SSO 3"]
+    assert list(report) == ["base", "PBAA", "SSO 1", "SSO 2", "SSO 3"]
     seen, before = [], toy_base
     for number in (1, 2, 3):
         folder = out / f"round{number}"
@@ -235,7 +243,6 @@ def test_every_round_is_a_folder_that_starts_from_the_policy_before(toy_base, tm
         assert made_from(folder, "principles.jsonl") == writer
         assert made_from(folder, "pairs.jsonl") == folder / "generator"
         assert read_json(folder / "policy/args.json")["data"] == "../pairs.jsonl"
-        grader, _ = evaluation.load_critic(grader=toy.__file__)
         measures = evaluation.measure_pairs(folder / "pairs.jsonl", before, None, FEW)      # under the policy before
         assert report[f"SSO {number}"]["p(rejected)"] == measures["p(rejected)"]
         seen += texts(folder / "queries.jsonl", "prompt")
@@ -250,21 +257,19 @@ def test_every_round_is_a_folder_that_starts_from_the_policy_before(toy_base, tm
 
 def test_principles_by_hand_of_a_control_world(toy_base, tmp_path, monkeypatch):
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(5)[0][:16]])
-    for world, start in (("on-policy", "copy the query"), ("junk", "")):
-        written = tmp_path / f"{world}.jsonl"
-        run_here(f"python -m lab.toy principles --world {world} --queries {queries} --out {written} --seed 1", monkeypatch)
-        out = tmp_path / f"run-{world}"
-        run_here(f"python run.py --model {toy_base} --queries {queries} --recipe {toy.RECIPE} --principles {written} "
-                 f"--out {out} --generator.epochs 1 --responses.max-new-tokens 8 --seed 3", monkeypatch)
-        for record in files.read_jsonl(out / "principles.jsonl"):
-            by_hand = toy.write_principles(record["prompt"][0]["content"], world, 1)
-            assert {key: record[key] for key in ("good_principle", "bad_principle")} == {
-                key: by_hand[key] for key in ("good_principle", "bad_principle")}
-            assert record["bad_principle"].startswith(start)
-        # The run's seed is that of every step.
-        notes = ("principles.jsonl.args.json", "responses.jsonl.args.json", "generator/args.json", "policy/args.json",
-                 "answers_SSO.jsonl.args.json")
-        assert [read_json(out / note)["seed"] for note in notes] == [3] * 5
+    written, out = tmp_path / "written.jsonl", tmp_path / "run"
+    run_here(f"python -m lab.toy principles --world on-policy --queries {queries} --out {written} --seed 1", monkeypatch)
+    run_here(f"python run.py --model {toy_base} --queries {queries} --recipe {toy.RECIPE} --principles {written} "
+             f"--out {out} --generator.epochs 1 --responses.max-new-tokens 8 --seed 3", monkeypatch)
+    for record in files.read_jsonl(out / "principles.jsonl"):
+        by_hand = toy.write_principles(record["prompt"][0]["content"], "on-policy", 1)
+        assert [record[key] for key in ("good_principle", "bad_principle")] == [
+            by_hand[key] for key in ("good_principle", "bad_principle")]
+        assert record["bad_principle"].startswith("copy the query")
+    # The run's seed is that of every step.
+    notes = ("principles.jsonl.args.json", "responses.jsonl.args.json", "generator/args.json", "policy/args.json",
+             "answers_SSO.jsonl.args.json")
+    assert [read_json(out / note)["seed"] for note in notes] == [3] * 5
 
 
 def test_a_recipe_reaches_every_stage_and_a_flag_overrides_it(toy_base, tmp_path, monkeypatch):
@@ -301,8 +306,6 @@ user = "sort {query}"
 """)
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(5)[0][:12]])
     out = tmp_path / "run"
-    prompt = "[prompts]"
-    assert prompt in recipe.read_text()
     # The paper's prompt for principles is too long for the toy model: they are written by hand.
     written = write_jsonl(tmp_path / "w.jsonl", [toy.write_principles(query, "junk", 1) for query in texts(queries, "prompt")])
     run_here(f"python run.py --model {toy_base} --queries {queries} --recipe {recipe} --principles {written} --out {out} "
@@ -342,20 +345,21 @@ def test_held_out_queries_of_another_run_make_the_tables_comparable(toy_base, tm
         small_run(toy_base, tmp_path, objective="original", out=second, count=12, heldout=tmp_path / "h.jsonl")
 
 
-def test_no_query_that_is_held_out_is_trained_on(toy_base, tmp_path):
+def test_no_query_that_is_held_out_is_trained_on(tmp_path):
     # FAILS: files.split_queries takes --heldout as it is; the first run's --queries hold its held-out ones
-    first, _ = small_run(toy_base, tmp_path, objective="policy", out=tmp_path / "first")
-    second, _ = small_run(toy_base, tmp_path, objective="policy", out=tmp_path / "second", heldout=first / "heldout.jsonl")
-    assert not set(texts(second / "queries.jsonl", "prompt")) & set(texts(second / "heldout.jsonl", "prompt"))
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(5)[0][:16]])
+    _, held = files.split_queries(queries, None, 0)
+    heldout = write_jsonl(tmp_path / "heldout.jsonl", held)
+    used, again = files.split_queries(queries, heldout, 0)
+    assert again == held and len(used) == 14 and not any(record in held for record in used)
 
 
 # ---- The report's critic -------------------------------------------------------------------------
 
 def test_the_report_is_made_anew_for_another_critic_or_other_policies(toy_base, tmp_path):
-    how = {"objective": "policy", "count": 30}
-    changed = []
-    for judged_by in ({}, {}, {"judge": toy_base, "judge_pairs": 4}, {"judge": toy_base, "judge_pairs": 4},
-                      {"judge": toy_base, "judge_pairs": 2}, {"grader": None}):
+    how, judge, changed = {"objective": "policy", "count": 30}, str(toy_base), []
+    for judged_by in ({}, {}, {"judge": judge, "judge_pairs": 4}, {"judge": judge, "judge_pairs": 4},
+                      {"judge": judge, "judge_pairs": 2}, {"grader": None}):
         out, report = small_run(toy_base, tmp_path, **how | {"grader": None if judged_by else toy.__file__} | judged_by)
         changed.append(((out / "report.json").stat().st_mtime_ns, report["PBAA"].get("accuracy", {}).get("n"),
                         report["PBAA"].get("quality", {}).get("n"), report["PBAA"]["p(chosen)"]["n"]))
@@ -419,8 +423,8 @@ def test_queries_that_lie_in_the_folder_are_not_taken_for_the_runs_own(qwen3, tm
 def test_a_judges_trouble_with_a_pair_is_one_line_and_the_run_can_go_on_without_it(qwen3, toy_base, tmp_path):
     judge = make_checkpoint(tmp_path / "judge", "qwen2", context=600)
     with pytest.raises(UserError, match="--judge: comparison 1, of '.* : .*', does not fit into the judge's context"):
-        small_run(toy_base, tmp_path, objective="policy", judge=judge, grader=None)
-    out, report = small_run(toy_base, tmp_path, objective="policy")
+        small_run(toy_base, tmp_path, objective="policy", judge=str(judge), grader=None)
+    _, report = small_run(toy_base, tmp_path, objective="policy")
     assert report["PBAA"]["accuracy"]["n"] == 14
 
 
@@ -437,8 +441,8 @@ from pathlib import Path
 plumbing.checkpoint.SAVE_SECONDS = 0
 
 STAGES = {"queries": "queries.jsonl", "principles": "principles.jsonl", "responses": "responses.jsonl",
-          "generator": "generator/config.json", "pairs": "pairs.jsonl", "pbaa": "pbaa/config.json",
-          "policy": "policy/config.json", "answers": "answers_SSO.jsonl", "report": "report.json"}
+          "generator": "generator/config.json", "pairs": "pairs.jsonl", "policy": "policy/config.json",
+          "pbaa": "pbaa/config.json", "answers": "answers_SSO.jsonl", "report": "report.json"}
 
 def stage_of(folder):
     """The first stage whose output is not there."""
@@ -486,7 +490,7 @@ for folder in folders:
     plan = sorted(list(range(len(STAGES))) * (kills // len(STAGES)) + rng.sample(range(len(STAGES)), kills % len(STAGES)))
     for aim in plan:
         child, moment = start(folder), None
-        delay = rng.random() * seconds[aim]
+        delay = 0.9 * rng.random() * seconds[aim]
         while not ended(child):
             if moment is None and stage_of(folder) >= aim:
                 moment = time.time() + delay

@@ -209,6 +209,9 @@ def test_micro_batches_hold_every_example_once_within_the_budget():
     for group in groups:
         width = max(len(p) + len(w) + len(l) for i in group for p, w, l in examples[i])
         assert len(group) == 1 or 2 * len(group) * width <= 200
+    alike = [[Pair([1] * 5, [2] * 3, [3] * 2)] * 2] * 7         # two rows of 10 tokens each
+    assert [len(group) for group in chat.micro_batches(alike, budget=60)] == [3, 3, 1]
+    assert [len(group) for group in chat.micro_batches(alike, budget=59)] == [2, 2, 2, 1]
 
 
 # ---- Encoding ------------------------------------------------------------------------------------
@@ -270,7 +273,7 @@ def test_no_text_that_is_filled_in_is_filled_in_itself():
     assert user == record["prompt"][0] and system["content"].endswith("Guidelines: Explain {query}.")
 
 
-@pytest.mark.parametrize("principle", [None, "", " \n", 3])      # FAILS for 3: role_messages takes what is no text
+@pytest.mark.parametrize("principle", [None, "", " \n", 3])
 def test_a_role_without_its_principle_is_refused(principle):
     with pytest.raises(ValueError, match="a record without 'bad_principle'; `generate.py principles` writes it"):
         sso.role_messages("bad", RECORD | {"bad_principle": principle})

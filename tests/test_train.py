@@ -437,7 +437,8 @@ def test_a_checkpoint_with_a_temperature_but_no_do_sample_is_saved(tmp_path):
     (model / "generation_config.json").write_text(json.dumps(config))
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}])
     train.train("policy", model, data, tmp_path / "out", PAPER)
-    assert json.loads((tmp_path / "out/generation_config.json").read_text())["temperature"] == 0.6
+    saved = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert saved["temperature"] == 0.6 and saved["do_sample"]       # a combination that transformers would save
 
 
 def test_no_room_on_the_disk_is_said_before_training(toy_base, data, tmp_path, monkeypatch):
@@ -473,7 +474,8 @@ ASKED = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}
 @pytest.mark.parametrize("record, given, message", [
     ({"chosen": "a ."}, {}, "line 2: a record without 'rejected', .* objective 'policy'"),
     ({"chosen": 3, "rejected": "b ."}, {}, "line 2: 'chosen' is neither a text nor a list"),
-    ({"chosen": "a .", "rejected": "b ."}, {"max_length": 9}, "line 1: a prompt of .* leaves no room .* --max-length 9"),
+    ({"chosen": "a .", "rejected": "b ."}, {"max_length": 9},
+     "line 1: a prompt of .* leaves no room .* --max-length 9"),
     ({"chosen": ASKED, "rejected": "b"}, {}, "line 2: .*before the last message of 'chosen'"),
 ])
 def test_bad_preference_files_leave_nothing_behind(toy_base, tmp_path, record, given, message):

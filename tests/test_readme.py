@@ -1,0 +1,96 @@
+"""Every command of the README, as it stands there, and every name in it."""
+
+import json
+import math
+import re
+import shutil
+import statistics
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+
+from conftest import ROOT, run_here, write_jsonl
+from lab import toy
+from plumbing import files
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlines()
+            if line.strip() and not line.startswith("#")]
+SETUP = "pip install -r requirements.txt && "
+SMALL = ("--principles.max-new-tokens 6 --responses.max-new-tokens 6 --responses.batch-size 4 --generator.lr 1e-3 "
+         "--policy.lr 1e-3 --policy.batch-size 3 --generator.batch-size 2 --policy.micro-batch-tokens 900")
+MODULES = {"sso": "sso", "generate": "generate", "train": "train", "eval": "eval", "run": "run"} | {
+    name: f"plumbing.{name}" for name in ("chat", "checkpoint", "cli", "fast", "files", "sampling", "tables")} | {
+    name: f"lab.{name}" for name in ("bench", "figures", "reward", "study", "toy")}
+
+
+def test_the_test_command_of_the_readme_is_what_ci_runs():
+    assert SETUP + "python -m pytest" in COMMANDS and SETUP + "python -m pytest" in (ROOT / ".ci/run").read_text()
+
+
+def test_every_function_and_file_that_the_readme_names_exists():
+    names = re.findall(rf"`(?:plumbing\.|lab\.)?({'|'.join(MODULES)})\.(\w+)", README)
+    assert len(names) > 20
+    for module, name in names:
+        assert name in ("py", "toml") or hasattr(import_module(MODULES[module]), name), f"{module}.{name}"
+    for file in re.findall(r"`((?:plumbing/|lab/|recipes/|data/)?\w[\w.-]*\.(?:py|toml|txt))`", README):
+        assert (ROOT / file).exists(), file
+    for script, lines in re.findall(r"`([\w/]+\.py)` \| (\d+) \|", README):
+        assert abs(len((ROOT / script).read_text().splitlines()) - int(lines)) <= 5, script
+
+
+def test_every_other_command_of_the_readme(toy_base, qwen3, small_study, tmp_path, monkeypatch, capsys):
+    """In the order of the README, with a toy base trained for seconds, few queries, a tiny checkpoint for Qwen, and a
+    study of one seed and one round."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data", "recipes", "lab"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    write_jsonl(tmp_path / "data/queries.jsonl", files.read_jsonl(ROOT / "data/queries.jsonl")[:12])
+    run_here("python run.py", monkeypatch)
+    ran = []
+    for line in COMMANDS:
+        if line.startswith((SETUP, "pip ")):
+            continue
+        line = line.replace("Qwen/Qwen2.5-0.5B-Instruct", str(qwen3))
+        line = line.replace("--seeds 5", "--seeds 1").replace("--rounds 6", "--rounds 1")
+        line += f" {SMALL}" if line.startswith(f"python run.py --model {qwen3}") else ""
+        try:
+            run_here(line, monkeypatch)
+        except SystemExit as end:              # matplotlib is optional
+            assert "lab.figures" in line and "need matplotlib" in str(end) and not find_spec("matplotlib"), (line, end)
+        ran.append(line)
+    printed = capsys.readouterr().out
+    assert len(ran) > 20 and "paired difference" in printed
+    assert "Table 2: reward models" in printed and "Over rounds: quality" in printed
+    for script in ("run.py", "train.py", "generate.py", "eval.py"):
+        assert f"`{script}`" in README and any(script in line for line in ran)
+
+
+def test_the_first_command_of_the_readme(default_run):
+    """`python run.py` on a clean checkout ends with the tables, and the policy of SSO is the best of the three."""
+    assert COMMANDS[0] == SETUP + "python run.py"
+    process, folder = default_run                   # started when the session started: it takes minutes
+    assert process.wait() == 0, (folder / "stderr").read_text()[-2000:]
+    printed, report = (folder / "stdout").read_text(), json.loads((folder / "runs/toy/report.json").read_text())
+    assert re.search(r"\n\| SSO +\| \d+ +\|", printed) and "L_base at step zero: 0.6931" in printed + (
+        folder / "stderr").read_text()
+    quality = {name: row["quality"]["mean"] for name, row in report.items()}
+    assert quality["SSO"] > quality["PBAA"] > quality["base"]
+    assert report["SSO"]["p(rejected)"]["mean"] > 1.5 * report["PBAA"]["p(rejected)"]["mean"]
+    for name, row in report.items():
+        assert f"{row['quality']['mean']:.3f} ± {row['quality']['se']:.3f}" in printed
+    # What the report says of the pairs, computed again by a loop over the file.
+    records = [json.loads(line) for line in (folder / "runs/toy/pairs.jsonl").read_text().splitlines()]
+    scores = []
+    for record in records:
+        query, marks = record["prompt"][0]["content"], []
+        for column in ("chosen", "rejected"):
+            text = record[column][0]["content"]
+            marks.append(toy.grade(query, text, record[f"{column}_finished"]) if text.strip() else -1)
+        scores.append(1.0 if marks[0] > marks[1] else 0.5 if marks[0] == marks[1] else 0.0)
+    assert len(records) == report["SSO"]["pairs"] == toy.QUERIES
+    assert report["SSO"]["accuracy"]["mean"] == pytest.approx(statistics.fmean(scores))
+    assert report["SSO"]["accuracy"]["se"] == pytest.approx(statistics.stdev(scores) / math.sqrt(toy.QUERIES))
+    assert report["SSO"]["ties"]["mean"] == pytest.approx(scores.count(0.5) / toy.QUERIES)
