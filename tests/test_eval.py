@@ -12,7 +12,7 @@ import sso
 from conftest import PAPER, TOY, make_checkpoint, run_here, write_jsonl
 from lab import toy
 from plumbing.chat import load_chat
-from plumbing.files import UserError, read_jsonl
+from plumbing.files import UserError
 from plumbing.tables import print_table, stat
 
 PAIRS = [(f"Query {i}?", sso.Response(f"answer {i}", True), sso.Response("x" * (i % 7 + 1) + " else", True))
@@ -374,14 +374,16 @@ def test_an_empty_answer_loses_to_the_first_policys(tmp_path):
 
 
 def test_answers_to_other_queries_are_not_compared(tmp_path):
-    paths = {"a": answers(tmp_path / "a.jsonl", *RIGHT), "b": answers(tmp_path / "b.jsonl", *RIGHT, queries=QUERIES[::-1])}
+    paths = {"a": answers(tmp_path / "a.jsonl", *RIGHT),
+             "b": answers(tmp_path / "b.jsonl", *RIGHT, queries=QUERIES[::-1])}
     with pytest.raises(UserError, match="b.jsonl: answers to other queries than those of the first file"):
         evaluation.measure_answers(paths, GRADER)
 
 
 def test_a_judge_sees_the_answers_of_every_policy_to_the_same_few_queries(tmp_path):
     queries = toy.make_queries(5)[0][:30]
-    paths = {name: answers(tmp_path / f"{name}.jsonl", *[text] * 30, queries=queries) for name, text in (("a", "axe ."), ("b", "fig ."))}
+    paths = {"a": answers(tmp_path / "a.jsonl", *["axe ."] * 30, queries=queries),
+             "b": answers(tmp_path / "b.jsonl", *["fig ."] * 30, queries=queries)}
     seen = []
     def critic(comparisons):
         seen.append(comparisons)
@@ -400,8 +402,8 @@ def test_a_mean_and_its_standard_error():
 
 
 def test_a_table_is_markdown(capsys):
-    print_table({"a": {"x": {"mean": 0.5, "se": 0.125, "n": 4}, "y": 7}, "longer": {"x": {"mean": 1, "sd": 2}, "y": 0.5}},
-                ["x", "y", "z"])
+    print_table({"a": {"x": {"mean": 0.5, "se": 0.125, "n": 4}, "y": 7},
+                 "longer": {"x": {"mean": 1, "sd": 2}, "y": 0.5}}, ["x", "y", "z"])
     assert capsys.readouterr().out == ("|        | x             | y     | z |\n"
                                        "| ------ | ------------- | ----- | - |\n"
                                        "| a      | 0.500 ± 0.125 | 7     | - |\n"
@@ -424,8 +426,8 @@ def test_the_judge_through_the_commands(judge, qwen3, tmp_path, monkeypatch, cap
     undecided = stat([float(mark == 0.5) for mark in marks])
     assert row["accuracy"] == f"{statistics.fmean(marks):.3f} ± {stat(marks)['se']:.3f}" and row["pairs"] == "12"
     assert row["ties"] == f"{undecided['mean']:.3f} ± {undecided['se']:.3f}" and row["p(original)"] == row["y+"] == "-"
-    files = [write_jsonl(tmp_path / f"{i}.jsonl", [{"prompt": pair[0], "original": pair[i].text} for pair in PAIRS[:12]])
-             for i in (1, 2)]
+    files = [answers(tmp_path / f"{i}.jsonl", *(pair[i].text for pair in PAIRS[:12]),
+                     queries=[query for query, *_ in PAIRS[:12]]) for i in (1, 2)]
     run_here(f"python eval.py answers {files[1]} {files[0]} --judge {judge} --judge-pairs 3", monkeypatch)
     printed = capsys.readouterr().out
     assert row_of(printed, files[1])["win rate"] == "0.500 ± 0.000"

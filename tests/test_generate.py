@@ -339,7 +339,7 @@ def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     (None, "no such file"),
-    ("", "line 1: not a JSON object"),
+    ("", "an empty file"),
     ('{"prompt": "a"}\n{"prompt": \n', "line 2: not a JSON object"),
     ('{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not a JSON object"),
     ('{"query": "a"}', "line 1: a record without a 'prompt'"),
@@ -684,7 +684,7 @@ def test_the_recipes_that_are_shipped_can_be_read_and_used():
     ("[policy]\nobjective = 1", r"\[policy\] objective = 1 is not of the type of 'policy'"),
     ("[policy\nlr = 1.0", "line 1"),
     ("\udcff", "utf-8"),
-    (None, "no such file"),
+    (None, "No such file"),
 ])
 def test_a_bad_recipe_ends_in_one_line_that_names_it(tmp_path, text, message):
     path = tmp_path / "my.toml"

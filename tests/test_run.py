@@ -60,10 +60,11 @@ def times(folder):
 # ---- The whole path ------------------------------------------------------------------------------
 
 def test_the_whole_path_on_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
-    """Qwen2, Qwen3 and Llama, with their own templates: all four steps, again without doing anything, and continued."""
-    prompts = ["Name a fruit.", "Why is the sky blue?", "Write a haiku about rain.", "2 + 2?", "Say hi.", "What is DPO?"]
+    """Qwen2, Qwen3 and Llama, with their own templates: all four steps, again without doing anything, continued."""
+    prompts = ["Name a fruit.", "Why is the sky blue?", "Write a haiku about rain.", "2 + 2?", "Say hi.", "And you?"]
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": prompt, "source": "me"} for prompt in prompts])
-    line, out = f"python run.py --model {checkpoint} --queries {queries} --out {tmp_path / 'run'} {SMALL}", tmp_path / "run"
+    out = tmp_path / "run"
+    line = f"python run.py --model {checkpoint} --queries {queries} --out {out} {SMALL}"
     run_here(line, monkeypatch)
     printed = capsys.readouterr().out
     report = read_json(out / "report.json")
@@ -155,19 +156,18 @@ def test_the_run_says_who_is_better_as_the_measures_do(toy_base, tmp_path):
 
 # ---- Everything that is compared -----------------------------------------------------------------
 
-@pytest.mark.parametrize("objective, sampled", [("sso", 4), ("policy", 4), ("original", 14), ("joint", 14)])
-def test_yo_is_sampled_where_it_is_needed(toy_base, tmp_path, objective, sampled):
-    """For the queries that the generator is trained on; for all of them where the policy learns from yo."""
-    # FAILS [joint]: run.run_round asks for yo of all queries by the name "original" alone; joint's L- needs it, too
-    recipe = cli.change(FEW, generator={"examples": 4})
-    out, _ = small_run(toy_base, tmp_path, recipe, objective=objective)
-    assert sum("original" in record for record in files.read_jsonl(out / "responses.jsonl")) == sampled
+def sampled_originals(out):
+    return sum("original" in record for record in files.read_jsonl(out / "responses.jsonl"))
 
 
 @pytest.mark.parametrize("objective", ["policy", "original", "joint"])
 def test_without_a_generator_the_policys_own_pairs_are_used(toy_base, tmp_path, objective):
-    out, report = small_run(toy_base, tmp_path, objective=objective, base_loss="ipo")
+    recipe = FEW
+    if objective != "joint":
+        recipe = cli.change(FEW, generator={"examples": 4})
+    out, report = small_run(toy_base, tmp_path, recipe, objective=objective, base_loss="ipo")
     note = read_json(out / "policy/args.json")
+    assert sampled_originals(out) == {"policy": 4}.get(objective, 14)       # of all queries where the policy needs yo
     assert not (out / "generator").exists() and not (out / "pairs.jsonl").exists()
     assert (note["data"], note["base_loss"], note["objective"]) == ("../responses.jsonl", "ipo", objective)
     assert list(report) == {"policy": ["base", "PBAA"]}.get(objective, ["base", "PBAA", objective])
@@ -175,9 +175,16 @@ def test_without_a_generator_the_policys_own_pairs_are_used(toy_base, tmp_path, 
         assert report["original"]["p(rejected)"] == report["PBAA"]["p(original)"] != report["PBAA"]["p(rejected)"]
 
 
+def test_a_policy_that_learns_from_yo_has_it_for_all_queries(toy_base, tmp_path):
+    # FAILS: run.run_round asks for yo of all queries by the name "original" alone; the term L- of "joint" needs it, too
+    out, _ = small_run(toy_base, tmp_path, cli.change(FEW, generator={"examples": 4}), objective="joint")
+    assert sampled_originals(out) == 14
+
+
 @pytest.mark.parametrize("objective", ["plus", "minus", "eq3"])
 def test_an_ablation_trains_the_generator_by_its_rows_and_the_policy_as_ever(toy_base, tmp_path, objective):
-    out, report = small_run(toy_base, tmp_path, objective=objective)
+    out, report = small_run(toy_base, tmp_path, cli.change(FEW, generator={"examples": 4}), objective=objective)
+    assert sampled_originals(out) == 4                                      # of those that the generator is trained on
     policy = read_json(out / "policy/args.json")
     assert read_json(out / "generator/args.json")["objective"] == objective and objective in report
     assert policy["objective"] == "policy" and policy["data"] == "../pairs.jsonl"
@@ -188,7 +195,8 @@ def test_an_ablation_trains_the_generator_by_its_rows_and_the_policy_as_ever(toy
 
 def test_an_objective_of_ones_own_goes_through_the_whole_pipeline(toy_base, tmp_path, monkeypatch):
     """One row added to the table: under x+ yo rather than y-, under x- y- rather than yo."""
-    terms = {"A": sso.Pair("good", winner="original", loser="bad"), "B": sso.Pair("bad", winner="bad", loser="original")}
+    terms = {"A": sso.Pair("good", winner="original", loser="bad"),
+             "B": sso.Pair("bad", winner="bad", loser="original")}
     monkeypatch.setitem(sso.PAIRS, "mine", terms)
     out, report = small_run(toy_base, tmp_path, objective="mine")
     first = json.loads((out / "generator/log.jsonl").read_text().splitlines()[0])
@@ -209,7 +217,7 @@ def simpo_loss(policy_logps, ref_logps, tokens, beta, margin, **others):
     return -torch.nn.functional.logsigmoid(rewards[0] - rewards[1] - margin), rewards.detach()
 
 
-def test_a_base_loss_of_ones_own_goes_through_the_whole_pipeline_and_reads_no_reference(toy_base, tmp_path, monkeypatch):
+def test_a_base_loss_of_ones_own_goes_through_the_pipeline_and_reads_no_reference(toy_base, tmp_path, monkeypatch):
     monkeypatch.setitem(sso.BASE_LOSSES, "simpo", simpo_loss)
     monkeypatch.setattr(sso, "REFERENCE_FREE", {"simpo"})
     passes = []
@@ -258,7 +266,8 @@ def test_every_round_is_a_folder_that_starts_from_the_policy_before(toy_base, tm
 def test_principles_by_hand_of_a_control_world(toy_base, tmp_path, monkeypatch):
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(5)[0][:16]])
     written, out = tmp_path / "written.jsonl", tmp_path / "run"
-    run_here(f"python -m lab.toy principles --world on-policy --queries {queries} --out {written} --seed 1", monkeypatch)
+    run_here(f"python -m lab.toy principles --world on-policy --queries {queries} --out {written} --seed 1",
+             monkeypatch)
     run_here(f"python run.py --model {toy_base} --queries {queries} --recipe {toy.RECIPE} --principles {written} "
              f"--out {out} --generator.epochs 1 --responses.max-new-tokens 8 --seed 3", monkeypatch)
     for record in files.read_jsonl(out / "principles.jsonl"):
@@ -307,9 +316,10 @@ user = "sort {query}"
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(5)[0][:12]])
     out = tmp_path / "run"
     # The paper's prompt for principles is too long for the toy model: they are written by hand.
-    written = write_jsonl(tmp_path / "w.jsonl", [toy.write_principles(query, "junk", 1) for query in texts(queries, "prompt")])
-    run_here(f"python run.py --model {toy_base} --queries {queries} --recipe {recipe} --principles {written} --out {out} "
-             "--policy.lr 4e-3", monkeypatch)
+    written = write_jsonl(tmp_path / "w.jsonl",
+                          [toy.write_principles(query, "junk", 1) for query in texts(queries, "prompt")])
+    run_here(f"python run.py --model {toy_base} --queries {queries} --recipe {recipe} --principles {written} "
+             f"--out {out} --policy.lr 4e-3", monkeypatch)
     paper = cli.read_recipe()
     def note(name):
         return read_json(out / name)
@@ -319,7 +329,8 @@ user = "sort {query}"
         assert made["temperature"] == paper["responses"]["temperature"]
     assert note("responses.jsonl.args.json")["good"] == {"system": "{principle}", "user": "{query}"}
     assert note("answers_base.jsonl.args.json")["original"]["user"] == "sort {query}"
-    generator = {"lr": 2e-3, "epochs": 2, "base_loss": "ipo", "beta": 0.3, "seed": 9, "gamma": paper["generator"]["gamma"]}
+    generator = {"lr": 2e-3, "epochs": 2, "base_loss": "ipo", "beta": 0.3, "seed": 9,
+                 "gamma": paper["generator"]["gamma"]}
     policy = {"lr": 4e-3, "batch_size": 4, "warmup": 0.5, "base_loss": "dpo", "seed": 9, "epochs": 1}
     for name, expected in (("generator", generator), ("policy", policy), ("pbaa", policy)):
         made = note(f"{name}/args.json")
@@ -329,7 +340,8 @@ user = "sort {query}"
     generate.principles(toy_base, queries, principles, cli.change(
         cli.read_recipe(recipe), prompts={"principles": toy.PROMPTS["principles"]}))
     made = read_json(tmp_path / "p.jsonl.args.json")
-    assert (made["max_new_tokens"], made["temperature"], made["seed"], made["fallback_good"]) == (20, 0.5, 9, "go from a to z")
+    expected = {"max_new_tokens": 20, "temperature": 0.5, "seed": 9, "fallback_good": "go from a to z"}
+    assert {key: made[key] for key in expected} == expected
 
 
 def test_held_out_queries_of_another_run_make_the_tables_comparable(toy_base, tmp_path):
@@ -341,7 +353,7 @@ def test_held_out_queries_of_another_run_make_the_tables_comparable(toy_base, tm
     assert len(files.read_jsonl(second / "queries.jsonl")) == 12            # none is held out of its own
     assert read_json(second / "heldout.jsonl.args.json")["heldout"] == "../first/heldout.jsonl"
     write_jsonl(tmp_path / "h.jsonl", [{"prompt": "sort these words : plum fox axe red"}])
-    with pytest.raises(UserError, match="heldout.jsonl was made with heldout = '../first/heldout.jsonl', not '../h.jsonl'"):
+    with pytest.raises(UserError, match="made with heldout = '../first/heldout.jsonl', not '../h.jsonl'"):
         small_run(toy_base, tmp_path, objective="original", out=second, count=12, heldout=tmp_path / "h.jsonl")
 
 
@@ -358,9 +370,10 @@ def test_no_query_that_is_held_out_is_trained_on(tmp_path):
 
 def test_the_report_is_made_anew_for_another_critic_or_other_policies(toy_base, tmp_path):
     how, judge, changed = {"objective": "policy", "count": 30}, str(toy_base), []
-    for judged_by in ({}, {}, {"judge": judge, "judge_pairs": 4}, {"judge": judge, "judge_pairs": 4},
-                      {"judge": judge, "judge_pairs": 2}, {"grader": None}):
-        out, report = small_run(toy_base, tmp_path, **how | {"grader": None if judged_by else toy.__file__} | judged_by)
+    by_grader = {"grader": toy.__file__}
+    for judged_by in (by_grader, by_grader, {"judge": judge, "judge_pairs": 4}, {"judge": judge, "judge_pairs": 4},
+                      {"judge": judge, "judge_pairs": 2}, {}):
+        out, report = small_run(toy_base, tmp_path, **how | {"grader": None} | judged_by)
         changed.append(((out / "report.json").stat().st_mtime_ns, report["PBAA"].get("accuracy", {}).get("n"),
                         report["PBAA"].get("quality", {}).get("n"), report["PBAA"]["p(chosen)"]["n"]))
     when, *numbers = zip(*changed)
@@ -389,7 +402,8 @@ def test_the_report_is_made_anew_for_another_critic_or_other_policies(toy_base, 
     ("--model {qwen3} --queries {two} --rounds 2", "--rounds 2: more than the 1 queries"),
     ("--model {qwen3} --queries {two} --policy.lr -1", "policy: --lr -1.0 is not between"),
     ("--model {qwen3} --queries {two} --grader {grader} --judge {qwen3}", "exclude"),
-    ("--model {qwen3}", "go together"), ("--queries {two}", "go together"), ("--heldout {two}", "--heldout goes with"),
+    ("--model {qwen3}", "go together"), ("--queries {two}", "go together"),
+    ("--heldout {two}", "--heldout goes with"),
     ("--rounds 0", "--rounds is at least 1"), ("--principles {two} --principle-model {qwen3}", "exclude"),
     ("--judge none/such", "model none/such: no such folder"), ("--grader none.py", "--grader none.py: no such file"),
     ("--model {qwen3} --queries {two} --principles none.jsonl", "none.jsonl: no such file")])
@@ -405,7 +419,7 @@ def test_what_cannot_work_leaves_nothing(qwen3, tmp_path, monkeypatch, words, me
     assert not (tmp_path / "mine").exists()
 
 
-@pytest.mark.parametrize("words", ["--objective none", "--base-loss kto", "--rounds two", "--pollicy.lr 1", "--policy 1"])
+@pytest.mark.parametrize("words", ["--objective none", "--base-loss kto", "--rounds two", "--polycy.lr 1"])
 def test_flags_that_do_not_exist_are_refused(words, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run_here(f"python run.py {words}", monkeypatch)
@@ -487,7 +501,8 @@ seconds += [seconds[-1]] * (len(STAGES) - len(seconds))
 # Each folder is killed `kills` times, at random moments of stages in turn, and then runs to its end.
 rng, hits = random.Random(seed), []
 for folder in folders:
-    plan = sorted(list(range(len(STAGES))) * (kills // len(STAGES)) + rng.sample(range(len(STAGES)), kills % len(STAGES)))
+    all_of_them = list(range(len(STAGES)))
+    plan = sorted(all_of_them * (kills // len(STAGES)) + rng.sample(all_of_them, kills % len(STAGES)))
     for aim in plan:
         child, moment = start(folder), None
         delay = 0.9 * rng.random() * seconds[aim]
@@ -523,10 +538,10 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(toy_base, tmp_pat
     kills = int(os.environ.get("SSO_KILLS", 10))
     seed = random.randrange(2**32) if "SSO_KILLS" in os.environ else 0
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(5)[0][:20]])
-    folders = [tmp_path / "whole"] + [tmp_path / f"killed{number}" for number in range(math.ceil(kills / 10))]
-    words = ["--model", str(toy_base), "--queries", str(queries), "--recipe", str(toy.RECIPE), "--grader", toy.__file__,
-             *("--principles.batch-size 4 --responses.batch-size 4 --principles.max-new-tokens 24 --generator.batch-size 4 "
-               "--generator.epochs 2 --policy.batch-size 4 --responses.max-new-tokens 8").split()]
+    folders = [tmp_path / name for name in ("whole", *(f"killed{number}" for number in range(math.ceil(kills / 10))))]
+    words = (f"--model {toy_base} --queries {queries} --recipe {toy.RECIPE} --grader {toy.__file__} "
+             "--principles.batch-size 4 --principles.max-new-tokens 24 --responses.batch-size 4 "
+             "--responses.max-new-tokens 8 --generator.batch-size 4 --generator.epochs 2 --policy.batch-size 4").split()
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
     arguments = [json.dumps(value) for value in (words, [str(folder) for folder in folders], 10, seed)]
