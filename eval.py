@@ -32,8 +32,8 @@ JUDGE_PAIRS = 200       # Section 6.3
 # and of b, from 0 to 1.
 
 def load_critic(grader=None, judge=None, judge_pairs=JUDGE_PAIRS, prompts=sso.PROMPTS):
-    """The critic that a command line names, and how many comparisons it sees of a file: None of all,
-    None for no critic."""
+    """The critic that a command line names, and how many comparisons it sees of a file: None of
+    all, None for no critic."""
     if grader and judge:
         raise UserError("--grader and --judge exclude each other")
     if judge_pairs < 1:

@@ -133,9 +133,8 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
     batch_size = settings["batch_size"] * sampling.batches_at_once
     made = files.grow(out, records, make, batch_size, settings["seed"])
     if {"chosen", "rejected"} <= made[0].keys():
-        useless = Counter(files.teaches_nothing(sso.preference_pairs(record, "policy"))
-                          for record in made)
-        del useless[None]
+        reasons = [files.teaches_nothing(sso.preference_pairs(record, "policy")) for record in made]
+        useless = Counter(reason for reason in reasons if reason)
         print(f"{out}: {len(made)} pairs; of no use in training: {dict(useless) or 'none'}")
 
 

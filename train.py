@@ -61,13 +61,16 @@ def accumulate_gradient(chat, batch, ref_logps, settings):
     parts = []
     for group in micro_batches(batch, settings["micro_batch_tokens"]):
         examples = [batch[i] for i in group]
+        # Log π_θ of every winner and loser, as in sso.pair_logps; chat.pair_logps may be its faster
+        # twin in plumbing/fast.py.
         with autocast():
             logps, tokens = chat.pair_logps(chat.model, examples, chat.pad_id)          # (2, R, b)
-        weights = 1.0
+        weights = 1.0               # of the terms of Eq. 1
         if settings["objective"] == "joint":
             weights = sso.joint_weights(logps, tokens)                                  # (3, b)
         losses, part = sso.sso_loss(logps, ref_logps[:, :, group], tokens, weights=weights,
                                     **settings)                                         # (b,)
+        # Divided by B and not by b: the gradients of the micro-batches add up to that of the mean.
         (losses.sum() / len(batch)).backward()
         parts.append(part | {"tokens": tokens.sum(0)})
     return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
@@ -76,6 +79,8 @@ def accumulate_gradient(chat, batch, ref_logps, settings):
 def summarize(parts, objective):
     """One line of the log: means over the batch of {part: (R, B)}, over all terms and, if there are
     several, of each; the loss is their sum, Eq. 1."""
+    # Rewards are β log π_θ/π_ref. Watch both: the margin may grow by the rejected one falling
+    # alone.
     margin = parts["chosen_rewards"] - parts["rejected_rewards"]
     parts = parts | {"margin": margin, "accuracy": margin > 0}
     row = {}
@@ -113,45 +118,52 @@ def prepare(model, data, out, settings, prompts):
 
 
 def train(stage, model, data, out, recipe):
-    """Train MODEL on the pairs of a file, as the settings of the stage, generator or policy,
-    say."""
+    """Train MODEL on the pairs of a file, by the settings of a stage: generator or policy."""
     settings = cli.stage_settings(recipe, stage)
     prepared = prepare(model, data, out, settings, recipe["prompts"])
     if prepared is None:
         return
     chat, examples = prepared
     spare(chat.model, settings)
+    # The reference is this very model before its first update. Scored once, it needs no second
+    # model in memory, and no second forward pass a step. Without gradient, four times as much fits
+    # at once.
     ref_logps = torch.zeros(2, len(examples[0]), len(examples))                         # (2, R, N)
     if settings["base_loss"] not in sso.REFERENCE_FREE:
         ref_logps, _ = score(chat, examples, 4 * settings["micro_batch_tokens"], name="reference")
     optimizer = make_optimizer(chat.model, settings["weight_decay"])
+    with Progress(out, chat.model, optimizer) as progress:      # at its checkpoint, if it has one
+        run_steps(chat, examples, ref_logps, optimizer, settings, progress)
+        save_model(chat, out)
+
+
+def run_steps(chat, examples, ref_logps, optimizer, settings, progress):
+    """The loop: zero, forward, loss, backward, clip, step, log."""
     batches = make_batches(len(examples), settings["batch_size"], settings["epochs"],
                            settings["seed"])
-
-    with Progress(out, chat.model, optimizer) as progress:
-        left = batches[progress.step:]
-        bar = tqdm(left, initial=progress.step, total=len(batches), desc=str(out), unit="step")
-        for batch in bar:                                       # indices of B examples
-            began = time.time()
-            optimizer.zero_grad()
-            parts = accumulate_gradient(chat, [examples[i] for i in batch], ref_logps[:, :, batch],
-                                        settings)               # forward, loss, backward
-            grad_norm = torch.nn.utils.clip_grad_norm_(chat.model.parameters(), settings["clip"])
-            row = {"step": progress.step, **summarize(parts, settings["objective"]),
-                   "grad_norm": grad_norm.item()}
-            if progress.step == 0:
-                tqdm.write(f"{out}: {len(examples)} examples, {len(batches)} steps; "
-                           f"{step_zero(row, settings)}")
-            progress.check(row)                                 # no update by a NaN
-            lr = learning_rate(progress.step, len(batches), settings["lr"], settings["warmup"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with uninterrupted():
-                optimizer.step()
-                speed = parts["tokens"].sum().item() / (time.time() - began)
-                progress.log(row | {"lr": lr, "tokens_per_second": speed})
-            bar.set_postfix_str(f"loss {row['loss']:.3f} margin {row['margin']:.3f}", refresh=False)
-        save_model(chat, out)
+    bar = tqdm(batches[progress.step:], initial=progress.step, total=len(batches), unit="step",
+               desc=str(progress.out))
+    for batch in bar:                                           # indices of B examples
+        began = time.time()
+        optimizer.zero_grad()
+        parts = accumulate_gradient(chat, [examples[i] for i in batch], ref_logps[:, :, batch],
+                                    settings)                   # forward, loss, backward
+        grad_norm = torch.nn.utils.clip_grad_norm_(chat.model.parameters(), settings["clip"])
+        row = {"step": progress.step, **summarize(parts, settings["objective"]),
+               "grad_norm": grad_norm.item()}
+        if progress.step == 0:      # where policy = reference, the loss is known beforehand
+            tqdm.write(f"{progress.out}: {len(examples)} examples, {len(batches)} steps; "
+                       f"{step_zero(row, settings)}")
+        progress.check(row)         # a loss that is not finite stops here, before it spoils weights
+        lr = learning_rate(progress.step, len(batches), settings["lr"], settings["warmup"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # Ctrl-C waits: an update and its line of the log come together, or neither does.
+        with uninterrupted():
+            optimizer.step()
+            speed = parts["tokens"].sum().item() / (time.time() - began)
+            progress.log(row | {"lr": lr, "tokens_per_second": speed})
+        bar.set_postfix_str(f"loss {row['loss']:.3f} margin {row['margin']:.3f}", refresh=False)
 
 
 def step_zero(row, settings):

@@ -252,8 +252,9 @@ def make_batches(chats, size, rng):
 
 
 def make_model(tokenizer):
-    """The untrained model. It is a Qwen3, which is Qwen2 with a norm on queries and keys: transformers
-    5 gives a checkpoint of Qwen2 its own byte-level tokenizer, whatever tokenizer.json says."""
+    """The untrained model. It is a Qwen3, which is Qwen2 with a norm on queries and keys:
+    transformers 5 gives a checkpoint of Qwen2 its own byte-level tokenizer, whatever tokenizer.json
+    says."""
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -295,7 +296,7 @@ def build(out, seed=0, steps=STEPS, batch_size=64):
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    model.save_pretrained(f"{out}.tmp")         # renamed when whole: a kill never leaves half a model
+    model.save_pretrained(f"{out}.tmp")     # renamed when whole: a kill never leaves half a model
     tokenizer.save_pretrained(f"{out}.tmp")
     os.replace(f"{out}.tmp", out)
 
