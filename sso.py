@@ -182,9 +182,10 @@ PAIRS = {
 }
 
 
-# Together, Eq. 1: L+ keeps y+ and y- apart, L- pulls y- to the policy. Alone, L+ drives y- away from
-# the policy, and L- lets y+ sink down to yo. Both share one model, so each also moves what the other
-# is about: the paper's Limitations suggest two generators, which lab/study.py tries.
+# Together, Eq. 1: L+ keeps y+ and y- apart, L- pulls y- to the policy. Alone (RESULTS.md), L+
+# drives y- from the policy, and L- lets y+ sink down to yo. Both share one model, so each also
+# moves what the other is about: the paper's Limitations suggest two generators, which lab/study.py
+# tries.
 
 def trains_generator(objective):
     """Whether an objective is a data generator's: it never answers x, only x+ and x-."""
@@ -220,8 +221,8 @@ def record_response(record, role):
 
 
 def preference_pairs(record, objective, prompts=PROMPTS):
-    """The R pairs (prompt messages, winner, loser) of a record: its rows of the table, with texts in
-    the place of roles."""
+    """The R pairs (prompt messages, winner, loser) of a record: its rows of the table, with texts
+    in the place of roles."""
     pairs = []
     for roles in PAIRS[objective].values():
         pairs.append(Pair(role_messages(roles.prompt, record, prompts),
@@ -238,8 +239,8 @@ def encode_prompt(tokenizer, messages):
                                          enable_thinking=False)    # Qwen3 thinks unless told not to
 
 
-# Prompt and response are tokenised apart and their ids joined: tokenised together, a token might lie
-# across the boundary, and another token than the one that was sampled would be trained.
+# Prompt and response are tokenised apart and their ids joined: tokenised together, a token might
+# lie across the boundary, and another token than the one that was sampled would be trained.
 
 def encode_response(tokenizer, end_id, response):
     """Token ids of a response. One end-of-turn token closes a finished one, and is trained like any
@@ -331,8 +332,9 @@ def sft_loss(chosen_logps, chosen_tokens):
 def sso_loss(policy_logps, ref_logps, tokens, base_loss, gamma, weights=1.0, **settings):
     """L_SSO (Eq. 1) of B queries, from (2, R, B) tensors. Returns losses (B,), and a dict of their
     parts, each (R, B), detached. With the one pair L and γ = 0 it is step 4's L_base(x, y+, y-)."""
-    # L_base looks at the difference of winner and loser alone, and is content if both fall. γ L_sft is
-    # there to keep the winner itself probable, so that the generator goes on to speak like a model.
+    # L_base looks at the difference of winner and loser alone, and is content if both fall. γ L_sft
+    # is there to keep the winner itself probable, so that the generator goes on to speak like a
+    # model.
     preference, rewards = BASE_LOSSES[base_loss](policy_logps, ref_logps, tokens, **settings)
     sft = sft_loss(policy_logps[0], tokens[0])                      # (R, B)
     terms = weights * (preference + gamma * sft)                  # (R, B): L+ of Eq. 2, L- of Eq. 4
