@@ -139,6 +139,8 @@ def measure_reward(model, path, recipe):
         if useful:
             examples.append(useful)
             subsets.append(record.get("subset"))
+    if not examples:
+        raise UserError(f"{path}: no pair is left")
     rewards, _ = score(chat, examples, settings["micro_batch_tokens"], pair_rewards)
     chosen, rejected = rewards[:, 0]
     right = ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).tolist()

@@ -270,7 +270,7 @@ def run_seeds(of_seed, root, seeds, processes):
 def print_search(root):
     """Of every arm the best cell by mean quality, of reward models accuracy, over the seeds."""
     cells = {}
-    for path in root.glob("seed*/search/*/*/*/report.json"):
+    for path in sorted(root.glob("seed*/search/*/*/*/report.json")):
         (row, measures), = json.loads(path.read_text()).items()
         measure = "accuracy" if row.startswith("reward") else "quality"
         cell = int(path.parts[-3]), int(path.parts[-2])

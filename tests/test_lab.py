@@ -167,7 +167,6 @@ def test_a_model_without_a_reward_head_is_refused(qwen3, tmp_path, monkeypatch):
 
 
 def test_a_file_without_a_useful_pair_is_refused_in_one_line(qwen3, tmp_path, monkeypatch):
-    # FAILS: reward.measure_reward gives score() no examples, IndexError
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "a"}])
     with pytest.raises(UserError, match="d.jsonl: no pair is left"):
         measured(qwen3, data, [[], []], monkeypatch)
@@ -355,7 +354,6 @@ def test_the_search_finds_the_best_cell_over_its_seeds(tmp_path, capsys):
 
 
 def test_the_search_is_the_same_whatever_the_order_of_the_files(tmp_path, monkeypatch, capsys):
-    # FAILS: study.print_search takes the first of equal cells in the order of glob, which is the file system's
     paths = []
     for number in range(4):
         paths.append(tmp_path / f"seed0/search/sso/0/{number}/report.json")

@@ -176,7 +176,6 @@ def test_without_a_generator_the_policys_own_pairs_are_used(toy_base, tmp_path, 
 
 
 def test_a_policy_that_learns_from_yo_has_it_for_all_queries(toy_base, tmp_path):
-    # FAILS: run.run_round asks for yo of all queries by the name "original" alone; the term L- of "joint" needs it, too
     out, _ = small_run(toy_base, tmp_path, cli.change(FEW, generator={"examples": 4}), objective="joint")
     assert sampled_originals(out) == 14
 
@@ -358,7 +357,6 @@ def test_held_out_queries_of_another_run_make_the_tables_comparable(toy_base, tm
 
 
 def test_no_query_that_is_held_out_is_trained_on(tmp_path):
-    # FAILS: files.split_queries takes --heldout as it is; the first run's --queries hold its held-out ones
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": query} for query in toy.make_queries(5)[0][:16]])
     _, held = files.split_queries(queries, None, 0)
     heldout = write_jsonl(tmp_path / "heldout.jsonl", held)
@@ -408,7 +406,6 @@ def test_the_report_is_made_anew_for_another_critic_or_other_policies(toy_base, 
     ("--judge none/such", "model none/such: no such folder"), ("--grader none.py", "--grader none.py: no such file"),
     ("--model {qwen3} --queries {two} --principles none.jsonl", "none.jsonl: no such file")])
 def test_what_cannot_work_leaves_nothing(qwen3, tmp_path, monkeypatch, words, message):
-    # FAILS [--principles none.jsonl]: the queries are written before the file of principles is looked for
     names = {"two": write_jsonl(tmp_path / "two.jsonl", [{"prompt": "a"}, {"prompt": "b"}]), "qwen3": qwen3,
              "one": write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a"}]), "grader": toy.__file__}
     monkeypatch.chdir(tmp_path)
