@@ -33,11 +33,12 @@ def run_round(policy, folder, recipe, objective, write_principles):
     # Step 1. A good and a bad principle, p+ and p-, for each query.
     write_principles(queries, principles, recipe)
 
-    # Step 2. The policy's responses: y+ under p+, y- under p-; and yo under none, where it is
-    # needed.
+    # Step 2. The policy's responses: y+ under p+, y- under p-, and yo under none. The generator needs
+    # yo for the queries that it trains on; the policy for all, if its own pairs have yo.
     originals = recipe["generator"]["examples"]
-    if objective == "original":
-        originals = None
+    for pair in sso.PAIRS[recipe["policy"]["objective"]].values():
+        if "original" in (pair.winner, pair.loser):
+            originals = None
     generate.responses(policy, principles, responses, recipe, originals=originals)
 
     # Step 3. The data generator, by L_SSO (Eq. 1). It samples the pairs, y+ and y-, anew.
@@ -108,6 +109,8 @@ def check(recipe, model, queries, heldout, principles, principle_model, rounds):
         raise UserError("--principles and --principle-model exclude each other")
     if rounds < 1:
         raise UserError("--rounds is at least 1")
+    if principles:
+        files.read_jsonl(principles, needs=("good_principle", "bad_principle"))
     for stage in STAGES:
         cli.stage_settings(recipe, stage)
     for path in (model, principle_model):

@@ -89,10 +89,12 @@ def read_queries(path):
 
 def split_queries(path, heldout, seed):
     """(queries, held-out queries) of a file: unless these have a file of their own, a tenth of the
-    records, 200 at most."""
+    records, 200 at most. What is held out is not trained on."""
     records = read_queries(path)
     if heldout:
-        return records, read_queries(heldout)
+        held = read_queries(heldout)
+        prompts = [record["prompt"] for record in held]
+        return [record for record in records if record["prompt"] not in prompts], held
     if len(records) < 2:
         raise UserError(f"{path}: at least two queries are needed: one is held out for the report")
     random.Random(seed).shuffle(records)
