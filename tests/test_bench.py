@@ -1,4 +1,5 @@
-"""The benchmark: that what it compares is the same work, and that it counts right. Nothing here is timed."""
+"""The benchmark: that what it compares is the same work, and that it counts right. Nothing here is
+timed."""
 
 import statistics
 import sys
@@ -114,7 +115,8 @@ def test_the_authors_scheme_and_one_query_at_a_time_have_the_same_gradient(chat,
     examples = bench.encoded(queries, "sso")
     ref_logps, _ = score(chat, examples, 4096)
     ours = gradient_of(train.accumulate_gradient, chat, examples, ref_logps, SETTINGS)
-    theirs = gradient_of(bench.authors_scheme, chat, bench.encoded(queries, "joint"), None, SETTINGS)
+    joint = bench.encoded(queries, "joint")
+    theirs = gradient_of(bench.authors_scheme, chat, joint, None, SETTINGS)
     alone = gradient_of(train.accumulate_gradient, chat, examples, ref_logps,
                         SETTINGS | {"micro_batch_tokens": 1})
     for other in (theirs, alone):
@@ -213,10 +215,9 @@ def test_peak_memory_is_that_of_the_largest_moment():
 
 # ---- The commands --------------------------------------------------------------------------------
 
-def test_the_commands(toy_base, capsys, monkeypatch):
-    line = f"python -m lab.bench --model {toy_base} --recipe {toy.RECIPE}"
-    monkeypatch.delitem(sys.modules, "lab.bench")       # runpy warns of a module it runs again
-    run_here(f"{line} --answers 32 --repeats 1", monkeypatch)
+def test_the_tables(toy_base, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "peak_flops", lambda: 1e12)
+    bench.bench(cli.read_recipe(toy.RECIPE), toy_base, answers=32, repeats=1)
     printed = capsys.readouterr().out
     for name in ("generator step", "policy step", "reference pass",
                  "generator step: prompt read twice", "generator step: logits of every position",
@@ -228,10 +229,16 @@ def test_the_commands(toy_base, capsys, monkeypatch):
         assert f"| {name} " in printed
     for column in ("ms", "ratio", "TFLOP", "share of peak", "extra GiB"):
         assert f" {column} " in printed
-    run_here(f"{line} --memory 1", monkeypatch)
+
+
+@pytest.mark.parametrize("flags, name", [("--answers 0 --repeats 1", "policy step"),
+                                         ("--memory 1", "F.linear_cross_entropy")])
+def test_the_commands(toy_base, capsys, monkeypatch, flags, name):
+    monkeypatch.delitem(sys.modules, "lab.bench")       # runpy warns of a module it runs again
+    run_here(f"python -m lab.bench --model {toy_base} --queries 1 {flags}", monkeypatch)
     printed = capsys.readouterr().out
-    for name in ("ours", "logits of every position", "plain form", "F.linear_cross_entropy"):
-        assert f"| {name}" in printed
+    assert f"| {name} " in printed
+    assert "| sampling" not in printed
 
 
 def test_the_default_is_qwens_shape_and_about_one_in_250_random_tokens_ends(monkeypatch):
