@@ -349,7 +349,9 @@ def test_held_out_queries_of_another_run_make_the_tables_comparable(toy_base, tm
                               heldout=first / "heldout.jsonl")
     assert (first / "heldout.jsonl").read_bytes() == (second / "heldout.jsonl").read_bytes()
     assert one["base"] == other["base"] and one["PBAA"]["answers"] == other["PBAA"]["answers"] == 2
-    assert len(files.read_jsonl(second / "queries.jsonl")) == 12            # none is held out of its own
+    held = [record["prompt"] for record in files.read_jsonl(first / "heldout.jsonl")]
+    used = [record["prompt"] for record in files.read_jsonl(second / "queries.jsonl")]
+    assert len(used) >= 10 and not any(prompt in held for prompt in used)    # no tenth of its own is held out
     assert read_json(second / "heldout.jsonl.args.json")["heldout"] == "../first/heldout.jsonl"
     write_jsonl(tmp_path / "h.jsonl", [{"prompt": "sort these words : plum fox axe red"}])
     with pytest.raises(UserError, match="made with heldout = '../first/heldout.jsonl', not '../h.jsonl'"):
