@@ -33,8 +33,8 @@ def run_round(policy, folder, recipe, objective, write_principles):
     # Step 1. A good and a bad principle, p+ and p-, for each query.
     write_principles(queries, principles, recipe)
 
-    # Step 2. The policy's responses: y+ under p+, y- under p-, and yo under none. The generator needs
-    # yo for the queries that it trains on; the policy for all, if its own pairs have yo.
+    # Step 2. The policy's responses: y+ under p+, y- under p-, and yo under none. The generator
+    # needs yo for the queries that it trains on; the policy for all, if its own pairs have yo.
     originals = recipe["generator"]["examples"]
     for pair in sso.PAIRS[recipe["policy"]["objective"]].values():
         if "original" in (pair.winner, pair.loser):
@@ -110,7 +110,7 @@ def check(recipe, model, queries, heldout, principles, principle_model, rounds):
     if rounds < 1:
         raise UserError("--rounds is at least 1")
     if principles:
-        files.read_jsonl(principles, needs=("good_principle", "bad_principle"))
+        files.read_jsonl(principles, needs=())
     for stage in STAGES:
         cli.stage_settings(recipe, stage)
     for path in (model, principle_model):
