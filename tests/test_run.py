@@ -446,7 +446,7 @@ def test_a_judges_trouble_with_a_pair_is_one_line_and_the_run_can_go_on_without_
 # A process imports everything once. Runs are its forked children: each does `python run.py ...` as a command line does,
 # with a checkpoint before every step, and is killed by SIGKILL, or lives to its end.
 DRIVER = '''
-import json, os, random, runpy, signal, sys, time
+import json, math, os, random, runpy, signal, sys, time
 root, words, folders, kills, seed = sys.argv[1], *map(json.loads, sys.argv[2:])
 sys.path.insert(0, root)
 import eval, generate, train, lab.toy, plumbing.checkpoint
@@ -463,6 +463,13 @@ def stage_of(folder):
         if not (folder / file).exists():
             return number
     return len(STAGES)
+
+def steps_of(folder, stage):
+    """Steps of a training so far; of another stage as many as one likes."""
+    if "config.json" not in list(STAGES.values())[stage]:
+        return math.inf
+    log = folder / list(STAGES)[stage] / "log.jsonl"
+    return log.read_text().count("\\n") if log.exists() else 0
 
 def start(folder):
     child = os.fork()
@@ -497,23 +504,34 @@ while not ended(child):
     time.sleep(0.001)
 seconds += [seconds[-1]] * (len(STAGES) - len(seconds))
 
-# Each folder is killed `kills` times, at random moments of stages in turn, and then runs to its end.
+# Each folder is killed `kills` times, in its stages in turn: at a random moment of a stage, or of a training's steps
+# from some on; at the latest when the next stage begins. What a kill has left of a growing file is torn somewhere in
+# its last lines. Then the run goes on to its end.
 rng, hits = random.Random(seed), []
 for folder in folders:
     all_of_them = list(range(len(STAGES)))
     plan = sorted(all_of_them * (kills // len(STAGES)) + rng.sample(all_of_them, kills % len(STAGES)))
     for aim in plan:
-        child, moment = start(folder), None
-        delay = 0.9 * rng.random() * seconds[aim]
+        aim = max(aim, stage_of(folder))
+        if aim == len(STAGES):
+            break
+        steps, moment = rng.choice((0, 2, 3)), math.inf
+        delay = rng.random() * seconds[aim]
+        if steps and steps_of(folder, aim) < math.inf:
+            delay /= 4
+        child = start(folder)
         while not ended(child):
-            if moment is None and stage_of(folder) >= aim:
-                moment = time.time() + delay
-            if moment and time.time() >= moment:
+            stage, now = stage_of(folder), time.time()
+            if stage == aim and steps_of(folder, aim) >= steps:
+                moment = min(moment, now + delay)
+            if stage > aim or now >= moment:
                 os.kill(child, signal.SIGKILL)
                 _, status = os.waitpid(child, 0)
                 assert status in (0, signal.SIGKILL)
                 if status:                                      # it had not come to its end just now
                     hits.append([*STAGES, "end"][stage_of(folder)])
+                for partial in folder.glob("*.partial"):
+                    os.truncate(partial, max(0, partial.stat().st_size - rng.randrange(1000)))
                 break
             time.sleep(0.001)
     child = start(folder)
