@@ -137,8 +137,9 @@ def autocast():
 
 
 def micro_batches(examples, budget):
-    """Group examples, each R pairs of token ids, so that a group's rows hold at most `budget`
-    padded tokens. Returns lists of indices into `examples`; those of like length come together."""
+    """Group examples, each R pairs of token ids, so that a group's rows in plumbing/fast.py hold at
+    most `budget` padded tokens (those of the plain form up to twice as many). Returns lists of
+    indices into `examples`; those of like length come together."""
     widths = [max(sum(map(len, pair)) for pair in example) for example in examples]
     groups = [[]]
     for i in sorted(range(len(examples)), key=widths.__getitem__):  # a group's last is its widest
