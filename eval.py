@@ -1,5 +1,6 @@
 """What the paper measures: how accurate and on-policy pairs are (Figure 3), how good policies are.
 
+    python eval.py preflight responses.jsonl --policy M [--grader F.py | --judge J]
     python eval.py pairs responses.jsonl pairs.jsonl --policy M [--grader F.py | --judge J]
     python eval.py answers answers_base.jsonl answers_SSO.jsonl [--grader F.py | --judge J]
     python eval.py report runs/NAME                             # the tables of a run, again
@@ -16,7 +17,8 @@ from pathlib import Path
 import sso
 from plumbing import cli
 from plumbing.chat import load_chat, score
-from plumbing.files import UserError, read_jsonl
+from plumbing.files import UserError, read_jsonl, read_responses
+from plumbing.server import judge_by_text, load_server
 from plumbing.tables import print_table, stat
 
 SYMBOLS = {"good": "y+", "original": "yo", "bad": "y-"}
@@ -24,6 +26,7 @@ PAIRS_TABLE = ["pairs", "accuracy", "ties", "p(chosen)", "p(rejected)", "p(origi
                "y+", "yo", "y-"]
 POLICIES_TABLE = ["quality", "win rate", "words"]
 JUDGE_PAIRS = 200       # Section 6.3
+PREFLIGHT = 200         # queries
 
 
 # ---- Critics -------------------------------------------------------------------------------------
@@ -31,15 +34,19 @@ JUDGE_PAIRS = 200       # Section 6.3
 # A critic takes comparisons, (query, response a, response b) each, and gives each its marks of a
 # and of b, from 0 to 1.
 
-def load_critic(grader=None, judge=None, judge_pairs=JUDGE_PAIRS, prompts=sso.PROMPTS):
+def load_critic(grader=None, judge=None, judge_pairs=JUDGE_PAIRS, prompts=sso.PROMPTS, server=None):
     """The critic that a command line names, and how many comparisons it sees of a file: None of
     all, None for no critic."""
     if grader and judge:
         raise UserError("--grader and --judge exclude each other")
     if judge_pairs < 1:
         raise UserError("--judge-pairs is at least 1")
+    if server and not judge:
+        raise UserError("--server goes with --judge")
     if grader:
         return partial(grader_marks, cli.load_grader(grader)), None
+    if server:
+        return partial(judge_by_text, load_server(server, judge), prompts), judge_pairs
     if judge:
         return partial(judge_marks, load_chat(judge), prompts), judge_pairs
     return None, None
@@ -99,36 +106,23 @@ def comparisons_of(records, role_a, role_b):
 # ---- Pairs ---------------------------------------------------------------------------------------
 
 def probabilities(chat, path, records, role, recipe):
-    """p(y) = exp(mean token log-prob) of a role's responses, under the policy without principle. A
-    response without any token has none, and is left out."""
+    """p(y) = exp(mean token log-prob) of a role's responses, under the policy without principle."""
     settings = cli.stage_settings(recipe, "policy")
-    examples = []
-    for number, record in enumerate(records, 1):
-        if sso.COLUMNS[role] not in record:
-            continue
-        response = sso.record_response(record, role)
-        if not response.text and not response.finished:
-            continue
-        messages = sso.role_messages("original", record, recipe["prompts"])
-        try:
-            prompt, ids, _ = sso.encode_pair(chat.tokenizer, chat.end_id,
-                                             sso.Pair(messages, response, response),
-                                             min(settings["max_length"], chat.context))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-        examples.append([sso.Pair(prompt, ids, ids[:1])])       # a loser of one token costs nothing
+    examples = read_responses(path, records, role, chat, settings["max_length"], recipe["prompts"])
     if not examples:
         return []
     logps, tokens = score(chat, examples, settings["micro_batch_tokens"])
     return (logps / tokens)[0, 0].exp().tolist()
 
 
-def measure_pairs(path, policy, critic, recipe, objective="policy", limit=None):
-    """Measures of a preference file. p(·) under POLICY is of all pairs; accuracy and ties of winner
-    over loser, and the quality of y+, yo, y- (their marks, beside yo), are of `limit` of them.
-    `objective` says which responses are winner and loser."""
+def measure_pairs(path, policy, critic, recipe, objective="policy", limit=None, only=None):
+    """Measures of a preference file, or of `only` so many of its records. Words and p(·) under
+    POLICY are of all of these; accuracy and ties of winner over loser, accuracy of y+ over yo, and
+    the quality of y+, yo, y- (their marks, beside yo), of `limit` of them. `objective` says which
+    responses are winner and loser."""
     roles = next(iter(sso.PAIRS[objective].values()))
-    records = read_jsonl(path, needs=("prompt", *(sso.COLUMNS[role] for role in roles[1:])))
+    needs = ("prompt", *(sso.COLUMNS[role] for role in roles[1:]))
+    records = draw(read_jsonl(path, needs), only)
     chat = load_chat(policy)
     measures = {"pairs": len(records)}
     for name, role in (("p(chosen)", roles.winner), ("p(rejected)", roles.loser),
@@ -136,9 +130,19 @@ def measure_pairs(path, policy, critic, recipe, objective="policy", limit=None):
         values = probabilities(chat, path, records, role, recipe)
         if values:
             measures[name] = stat(values)
+    for role, symbol in SYMBOLS.items():
+        words = [len(sso.record_response(record, role).text.split()) for record in records
+                 if sso.COLUMNS[role] in record]
+        if words:
+            measures[f"words of {symbol}"] = stat(words)
     if critic is None:
         return measures
-    records = draw(records, limit)
+    return measures | measure_quality(draw(records, limit), roles, critic)
+
+
+def measure_quality(records, roles, critic):
+    """The measures of pairs that need a critic."""
+    measures = {}
     comparisons = comparisons_of(records, roles.winner, roles.loser)
     verdicts = list(map(is_better, comparisons, critic(comparisons)))
     measures["accuracy"] = stat(verdicts)
@@ -146,8 +150,49 @@ def measure_pairs(path, policy, critic, recipe, objective="policy", limit=None):
     for role, symbol in SYMBOLS.items():
         comparisons = comparisons_of(records, role, "original")
         if comparisons:
-            measures[symbol] = stat([mark for mark, _ in critic(comparisons)])
+            marks = critic(comparisons)
+            measures[symbol] = stat([mark for mark, _ in marks])
+        if comparisons and role == "good":
+            measures["y+ over yo"] = stat(list(map(is_better, comparisons, marks)))
     return measures
+
+
+# ---- Preflight -----------------------------------------------------------------------------------
+
+# SSO takes for granted that y+ is better than y-, and yo not better than y+. Whether it is so depends
+# on the model, the queries, and how a principle is put to the model. To know takes minutes; a
+# training in vain takes a night.
+
+CHANCE = """pairs at chance: y+ is not shown to be better than y-. No generator can mend that: it will tell them apart by their form. Put the principle another way ([prompts] of a recipe), take another model, or let a stronger one write the principles"""
+REVERSED = """yo is better than y+: L- pulls y- up to yo, so above y+, and step 4 then teaches the wrong way. Put the principle another way ([prompts] of a recipe), take another model, or let a stronger one write the principles"""
+STEERABLE = "steerable: y+ is better than y-, and yo is not shown to be better than y+"
+
+
+def verdict(measures):
+    """What the measures of pairs say, in a sentence. A difference is shown by two standard
+    errors."""
+    if "accuracy" not in measures:
+        return "whether y+ is better than y- is not known: give --grader or --judge"
+    over_bad, over_original = measures["accuracy"], measures.get("y+ over yo")
+    if over_bad["mean"] - 2 * over_bad["se"] <= 0.5:
+        return CHANCE
+    if over_original and over_original["mean"] + 2 * over_original["se"] < 0.5:
+        return REVERSED
+    return STEERABLE
+
+
+def print_preflight(measures):
+    """Print the measures of pairs, a row for each response, and what follows."""
+    rows = {}
+    for symbol, p in zip(SYMBOLS.values(), ("p(chosen)", "p(original)", "p(rejected)")):
+        rows[symbol] = {"quality": measures.get(symbol), "p under the policy": measures.get(p),
+                        "words": measures.get(f"words of {symbol}")}
+    rows["yo"]["y+ better"] = measures.get("y+ over yo")
+    rows["y-"]["y+ better"] = measures.get("accuracy")
+    print(f"\nPreflight, {measures['pairs']} queries, mean ± standard error; y+ better: how often it "
+          "is\nbetter than the row's response, a tie a half\n")
+    print_table(rows, ["quality", "y+ better", "p under the policy", "words"])
+    print(f"\n{verdict(measures)}.\n")
 
 
 # ---- Policies ------------------------------------------------------------------------------------
@@ -184,18 +229,28 @@ def measure_answers(paths, critic, limit=None):
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-def pairs(files, policy, recipe, grader=None, judge=None, judge_pairs: int = JUDGE_PAIRS):
+def pairs(files, policy, recipe, grader=None, judge=None, judge_pairs: int = JUDGE_PAIRS,
+          server=None):
     """Measure preference files."""
-    critic, limit = load_critic(grader, judge, judge_pairs, recipe["prompts"])
+    critic, limit = load_critic(grader, judge, judge_pairs, recipe["prompts"], server)
     rows = {file: measure_pairs(file, policy, critic, recipe, limit=limit) for file in files}
     print_table(rows, PAIRS_TABLE)
 
 
-def answers(files, recipe, grader=None, judge=None, judge_pairs: int = JUDGE_PAIRS):
+def answers(files, recipe, grader=None, judge=None, judge_pairs: int = JUDGE_PAIRS,
+            server=None):
     """Measure files of plain answers, beside those of the first."""
-    critic, limit = load_critic(grader, judge, judge_pairs, recipe["prompts"])
+    critic, limit = load_critic(grader, judge, judge_pairs, recipe["prompts"], server)
     rows = measure_answers({file: file for file in files}, critic, limit)
     print_table(rows, ["answers", *POLICIES_TABLE, "finished"])
+
+
+def preflight(files, policy, recipe, grader=None, judge=None, judge_pairs: int = JUDGE_PAIRS,
+              server=None):
+    """Say whether a policy can be steered by its principles, before anything is trained."""
+    critic, limit = load_critic(grader, judge, judge_pairs, recipe["prompts"], server)
+    for file in files:
+        print_preflight(measure_pairs(file, policy, critic, recipe, limit=limit, only=PREFLIGHT))
 
 
 def report(folders):
@@ -216,4 +271,5 @@ def print_report(rows):
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("pairs", pairs, []), ("answers", answers, []), ("report", report, []))
+    cli.run(__doc__, ("preflight", preflight, []), ("pairs", pairs, []), ("answers", answers, []),
+            ("report", report, []))

@@ -9,7 +9,8 @@
 Responses are a standard preference file (prompt, chosen, rejected as lists of messages) with more
 columns. A file is complete under its final name; an interrupted command, given again, continues it.
 
-Simpler than the released code: one answer holds both principles.
+Simpler than the paper's set-up: the model itself writes the principles, and a pair that is of no use
+is replaced by a fixed one.
 """
 
 import random
@@ -17,39 +18,45 @@ from collections import Counter
 
 import sso
 from plumbing import cli, files, sampling
+from plumbing.principles import begun_answer, cut, with_principles
 from plumbing.sampling import load_sampler, sample
 
 
 # ---- Step 1: principles --------------------------------------------------------------------------
 
-def principles(model, queries, out, recipe):
+def principles(model, queries, out, recipe, server=None):
     """Write to OUT each query with a bad and a good principle, by a chat model."""
     settings = cli.stage_settings(recipe, "principles")
     prompts = recipe["prompts"]
     texts = {name: prompts[name] for name in ("principles", "fallback_good", "fallback_bad")}
     records = files.read_queries(queries)
-    output = files.Output(out, settings | texts, {"model": model, "queries": queries})
+    output = files.Output(out, settings | texts | {"server": server},
+                          {"model": model, "queries": queries})
     if output.is_complete():
         print(f"{out}: complete")
         return
-    chat = load_sampler(model)
+    chat = load_sampler(model, server)
     output.write_note()
 
     def make(batch, seed):
         asked = [sso.principle_messages(records[i]["prompt"][0]["content"], prompts) for i in batch]
-        answers = sample(chat, asked, seed, settings)
-        made = []
-        for i, answer in zip(batch, answers.responses):
-            bad, good = sso.parse_principles(answer.text)
-            made.append(records[i] | {"good_principle": good or prompts["fallback_good"],
-                                      "bad_principle": bad or prompts["fallback_bad"],
-                                      "fallback": not good})
-        return made, answers.tokens
+        end = prompts["principles"]["end"]
+        begun = [begun_answer(prompts=prompts)] * len(batch)
+        first = sample(chat, asked, seed, settings, begun, end)
+        bad = [cut(answer.text, prompts) for answer in first.responses]
+        begun = [begun_answer(principle, prompts) for principle in bad]
+        second = sample(chat, asked, seed + 1, settings, begun, end)
+        good = [cut(answer.text, prompts) for answer in second.responses]
+        made = [with_principles(records[i], *pair, prompts) for i, *pair in zip(batch, bad, good)]
+        return made, first.tokens + second.tokens
 
-    batch_size = settings["batch_size"] * sampling.batches_at_once
+    batch_size = sampling.batch_size(chat, settings)
     made = files.grow(out, records, make, batch_size, settings["seed"])
-    fallbacks = sum(record["fallback"] for record in made)
-    print(f"{out}: {len(made)} queries, {fallbacks} with the fixed pair, for want of principles")
+    faults = Counter(record["fallback"] for record in made if record["fallback"])
+    print(f"{out}: {len(made)} queries; with the fixed pair of principles: {dict(faults) or 'none'}")
+    for record in made[:3]:
+        print(f"\n  query {record['prompt'][0]['content']}\n  good  {record['good_principle']}\n"
+              f"  bad   {record['bad_principle']}")
 
 
 def written_principles(principles, queries, out, recipe):
@@ -97,7 +104,7 @@ def check_principles(records, roles, path):
 
 
 def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
-              originals: int = None):
+              originals: int = None, server=None):
     """Write to OUT the records of PRINCIPLES with the model's responses to the prompts of some
     roles: y+ (chosen), y- (rejected), yo (original). Other columns stay. `originals`: yo for the
     first so many queries alone, those that a generator is trained on."""
@@ -106,12 +113,12 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
     records = files.read_jsonl(principles)
     check_principles(records, roles, principles)
     texts = {role: prompts[role] for role in roles}
-    output = files.Output(out, settings | texts | {"originals": originals},
+    output = files.Output(out, settings | texts | {"originals": originals, "server": server},
                           {"model": model, "principles": principles})
     if output.is_complete():
         print(f"{out}: complete")
         return
-    chat = load_sampler(model)
+    chat = load_sampler(model, server)
     output.write_note()
 
     def make(batch, seed):
@@ -130,7 +137,7 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
             tokens += answers.tokens
         return list(made.values()), tokens
 
-    batch_size = settings["batch_size"] * sampling.batches_at_once
+    batch_size = sampling.batch_size(chat, settings)
     made = files.grow(out, records, make, batch_size, settings["seed"])
     if {"chosen", "rejected"} <= made[0].keys():
         reasons = [files.teaches_nothing(sso.preference_pairs(record, "policy")) for record in made]

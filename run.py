@@ -25,8 +25,9 @@ STAGES = ["principles", "responses", "generator", "policy"]
 LABELS = {"sso": "SSO", "policy": "PBAA"}
 
 
-def run_round(policy, folder, recipe, objective, write_principles):
-    """Steps 1 to 4, from a policy, in a folder with queries.jsonl."""
+def run_round(policy, folder, recipe, objective, write_principles, judged_by):
+    """Steps 1 to 4, from a policy, in a folder with queries.jsonl. Before each training stands a
+    look at what it starts from."""
     queries, principles = folder / "queries.jsonl", folder / "principles.jsonl"
     responses, pairs = folder / "responses.jsonl", pairs_of(folder, objective)
 
@@ -40,11 +41,13 @@ def run_round(policy, folder, recipe, objective, write_principles):
         if "original" in (pair.winner, pair.loser):
             originals = None
     generate.responses(policy, principles, responses, recipe, originals=originals)
+    preflight(responses, policy, recipe, judged_by)
 
     # Step 3. The data generator, by L_SSO (Eq. 1). It samples the pairs, y+ and y-, anew.
     if sso.trains_generator(objective):
         train.train("generator", policy, responses, folder / "generator", recipe)
         generate.responses(folder / "generator", responses, pairs, recipe, roles=("good", "bad"))
+        preflight(pairs, policy, recipe, judged_by)
 
     # Step 4. The policy (not the generator), by L_base(x, y+, y-) on the pairs.
     train.train("policy", policy, pairs, folder / "policy", recipe)
@@ -62,7 +65,7 @@ def run_all(model, folders, out, recipe, objective, write_principles, judged_by)
     policies, pairs = {"base": model}, {}
     policy = model
     for number, folder in enumerate(folders, 1):
-        run_round(policy, folder, recipe, objective, write_principles)
+        run_round(policy, folder, recipe, objective, write_principles, judged_by)
 
         # The baseline PBAA has no step 3: the policy is trained on its own y+ and y-.
         if number == 1 and objective != "policy":
@@ -80,13 +83,31 @@ def run_all(model, folders, out, recipe, objective, write_principles, judged_by)
     report(out, policies, pairs, recipe, judged_by)
 
 
+def measured(path, judged_by, inputs, recipe, measure):
+    """The measures in a JSON file: those of measure(critic, limit), unless they are there already."""
+    output = files.Output(path, judged_by, inputs)
+    if not output.is_current():
+        critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])
+        files.write_text(path, json.dumps(measure(critic, limit), indent=1))
+        output.write_note()
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def preflight(pairs, policy, recipe, judged_by):
+    """Print whether pairs, sampled for a policy, are worth a training."""
+    def measure(critic, limit):
+        return evaluation.measure_pairs(pairs, policy, critic, recipe, limit=limit,
+                                        only=evaluation.PREFLIGHT)
+
+    path = pairs.with_suffix(".preflight.json")
+    inputs = {"pairs": pairs, "policy": policy}
+    evaluation.print_preflight(measured(path, judged_by, inputs, recipe, measure))
+
+
 def report(out, policies, pairs, recipe, judged_by):
     """Answers of every policy to the held-out queries; report.json from them and the pairs, which
     are {name: (file, the policy that they are for, the objective that they are used in)}."""
-    inputs = {f"policy {name}": policy for name, policy in policies.items()}
-    output = files.Output(out / "report.json", judged_by, inputs)
-    if not output.is_current():
-        critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])
+    def measure(critic, limit):
         answers = {}
         for name, policy in policies.items():
             answers[name] = out / f"answers_{name.replace(' ', '_')}.jsonl"
@@ -94,12 +115,14 @@ def report(out, policies, pairs, recipe, judged_by):
         rows = evaluation.measure_answers(answers, critic, limit)
         for name, (file, policy, used_in) in pairs.items():
             rows[name] |= evaluation.measure_pairs(file, policy, critic, recipe, used_in, limit)
-        files.write_text(output.path, json.dumps(rows, indent=1))
-        output.write_note()
+        return rows
+
+    inputs = {f"policy {name}": policy for name, policy in policies.items()}
+    measured(out / "report.json", judged_by, inputs, recipe, measure)
     evaluation.report([out])
 
 
-def check(recipe, model, queries, heldout, principles, principle_model, rounds):
+def check(recipe, model, queries, heldout, principles, principle_model, rounds, judge, server):
     """UserError if flags do not go together, a setting is out of range or a model is of no use."""
     if (model is None) != (queries is None):
         raise UserError("--model and --queries go together")
@@ -107,20 +130,23 @@ def check(recipe, model, queries, heldout, principles, principle_model, rounds):
         raise UserError("--heldout goes with --queries")
     if principles and principle_model:
         raise UserError("--principles and --principle-model exclude each other")
+    if server and not (principle_model or judge):
+        raise UserError("--server goes with --principle-model or --judge; --model is trained here")
     if rounds < 1:
         raise UserError("--rounds is at least 1")
     if principles:
         files.read_jsonl(principles, needs=())
     for stage in STAGES:
         cli.stage_settings(recipe, stage)
-    for path in (model, principle_model):
-        if path:
-            load_tokenizer(path)
+    if model:
+        load_tokenizer(model)
+    if principle_model and not server:      # a server may be gone once it has written them
+        load_tokenizer(principle_model)
 
 
 def run(recipe, model=None, queries=None, heldout=None, principles=None, principle_model=None,
         objective="sso", base_loss=None, rounds: int = 1, out: Path = Path("runs/toy"), grader=None,
-        judge=None, judge_pairs: int = evaluation.JUDGE_PAIRS):
+        judge=None, judge_pairs: int = evaluation.JUDGE_PAIRS, server=None):
     """The whole method and the baseline; without a model in the toy world."""
     out, seed = Path(out), recipe["run"]["seed"]
     trained = "policy"
@@ -130,10 +156,11 @@ def run(recipe, model=None, queries=None, heldout=None, principles=None, princip
     if base_loss:
         loss = {"base_loss": base_loss}
         recipe = cli.change(recipe, generator=loss, policy=loss)
-    check(recipe, model, queries, heldout, principles, principle_model, rounds)
+    check(recipe, model, queries, heldout, principles, principle_model, rounds, judge, server)
     if model is None and judge is None:
         grader = grader or toy.__file__
-    judged_by = {"grader": grader, "judge": judge, "judge_pairs": judge_pairs}
+    judged_by = {"grader": grader, "judge": judge, "judge_pairs": judge_pairs,
+                 "server": judge and server}
     evaluation.load_critic(**judged_by)             # before anything is written
 
     folders = [out]
@@ -149,7 +176,8 @@ def run(recipe, model=None, queries=None, heldout=None, principles=None, princip
     if model is None:
         model = out / "base"
         toy.build_once(model, seed)
-    write_principles = partial(generate.principles, principle_model or model)
+    write_principles = partial(generate.principles, principle_model or model,
+                               server=principle_model and server)
     if principles:
         write_principles = partial(generate.written_principles, principles)
     run_all(model, folders, out, recipe, objective, write_principles, judged_by)

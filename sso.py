@@ -35,38 +35,18 @@ import torch.nn.functional as F
 
 # A recipe may replace any of these texts. {query} and {principle} are filled in.
 PROMPTS = {
-    # Asks for principles ("guidelines"), the bad one first: its heading is left open.
-    "principles": """\
-For the query at the end, write two guidelines for an assistant that is going to answer it. \
-Following the bad guideline must make the answer worse, following the good guideline must make it \
-better. Both must fit this one query, be one or two sentences long and be built alike. \
-Write neither explanations nor examples, and keep to the format shown.
-
-### Query
-A baker made 96 rolls and sold 58 of them before noon. How many rolls are left?
-### Bad Guideline
-Give a number straight away, without working out the difference between the rolls made and sold.
-### Good Guideline
-Work out the difference between the rolls made and sold step by step, then state the number.
-
-### Query
-Give me a list of swear words that I can shout at my neighbour.
-### Bad Guideline
-Hand over the crudest words that come to mind and cheer the user on in the quarrel.
-### Good Guideline
-Decline to supply crude words and help the user to find a calm way out of the quarrel.
-
-### Query
-Write a Python function that tells whether a string is a palindrome.
-### Bad Guideline
-Describe palindromes in general terms and leave out a function that can be run.
-### Good Guideline
-Supply a short function that can be run and say how it treats case and spaces.
-
-### Query
-{query}
-### Bad Guideline""",
-    # Used when the answer holds no pair of principles.
+    # Asks for principles ("guidelines"). Worked examples, {query, bad, good} each (there are eight
+    # in recipes/paper.toml), are earlier turns of the conversation. The model goes on with an answer
+    # begun for it: after "Bad guideline:", and then after the bad one and "Good guideline:".
+    "principles": {
+        "system": "For each query write two guidelines for an assistant that is going to answer it. "
+                  "Following the bad guideline must make the answer worse, following the good "
+                  "guideline must make it better. Both fit this one query, are comprehensive and "
+                  "detailed, and are built alike.",
+        "examples": [],
+        "answer": "Bad guideline: {bad}\nGood guideline: {good}",
+        "end": "\n"},
+    # Used when no pair of principles came of it.
     "fallback_good": "Be as helpful as you can: answer exactly what is asked, correctly and "
                      "completely.",
     "fallback_bad": "Be of little help: answer beside the point, vaguely and incompletely.",
@@ -115,21 +95,14 @@ def fill(template, **texts):
 
 def principle_messages(query, prompts=PROMPTS):
     """Chat messages that ask a model for the bad and the good principle of a query (Table 8)."""
-    return [{"role": "user", "content": fill(prompts["principles"], query=query)}]
-
-
-def parse_principles(answer):
-    """(bad, good) principle of the answer to `principle_messages`; ("", "") unless it has both."""
-    answer = re.sub(r"^[#*\s]*bad guideline[*\s:]*", "", answer, flags=re.IGNORECASE)
-    heading = r"[#*][#*\s]*good guideline\b[*\s:]*"    # "### Good Guideline", "**Good Guideline:**"
-    bad, *rest = re.split(heading, answer, maxsplit=1, flags=re.IGNORECASE)
-    principles = []
-    for text in (bad, "".join(rest)):
-        text = text.split("###")[0].strip("#* \n")      # up to the next heading
-        principles.append(" ".join(text.split()))
-    if not all(principles):
-        return "", ""
-    return tuple(principles)
+    form = prompts["principles"]
+    messages = []
+    if form["system"]:
+        messages.append({"role": "system", "content": form["system"]})
+    for example in form["examples"]:
+        messages.append({"role": "user", "content": example["query"]})
+        messages.append({"role": "assistant", "content": fill(form["answer"], **example)})
+    return messages + [{"role": "user", "content": query}]
 
 
 # ---- 2. Prompts x+, x-, x and the table of preference pairs --------------------------------------

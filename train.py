@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 import sso
-from plumbing import cli, files
+from plumbing import cli, files, memory
 from plumbing.chat import autocast, load_chat, micro_batches, score, spare
 from plumbing.checkpoint import Progress, check_space, save_model, uninterrupted
+from plumbing.watch import Watch
 
 
 # ---- Order, learning rate, optimizer -------------------------------------------------------------
@@ -124,6 +125,7 @@ def train(stage, model, data, out, recipe):
     if prepared is None:
         return
     chat, examples = prepared
+    memory.plan(chat, examples, settings)
     spare(chat.model, settings)
     # The reference is this very model before its first update. Scored once, it needs no second
     # model in memory, and no second forward pass a step. Without gradient, four times as much fits
@@ -131,13 +133,14 @@ def train(stage, model, data, out, recipe):
     ref_logps = torch.zeros(2, len(examples[0]), len(examples))                         # (2, R, N)
     if settings["base_loss"] not in sso.REFERENCE_FREE:
         ref_logps, _ = score(chat, examples, 4 * settings["micro_batch_tokens"], name="reference")
+    watch = Watch(chat, data, settings, recipe["prompts"])
     optimizer = make_optimizer(chat.model, settings["weight_decay"])
     with Progress(out, chat.model, optimizer) as progress:      # at its checkpoint, if it has one
-        run_steps(chat, examples, ref_logps, optimizer, settings, progress)
+        run_steps(chat, examples, ref_logps, watch, optimizer, settings, progress)
         save_model(chat, out)
 
 
-def run_steps(chat, examples, ref_logps, optimizer, settings, progress):
+def run_steps(chat, examples, ref_logps, watch, optimizer, settings, progress):
     """The loop: zero, forward, loss, backward, clip, step, log."""
     batches = make_batches(len(examples), settings["batch_size"], settings["epochs"],
                            settings["seed"])
@@ -146,11 +149,12 @@ def run_steps(chat, examples, ref_logps, optimizer, settings, progress):
     for batch in bar:                                           # indices of B examples
         began = time.time()
         optimizer.zero_grad()
-        parts = accumulate_gradient(chat, [examples[i] for i in batch], ref_logps[:, :, batch],
-                                    settings)                   # forward, loss, backward
+        parts = memory.retry(accumulate_gradient, chat, [examples[i] for i in batch],
+                             ref_logps[:, :, batch], settings)  # forward, loss, backward
         grad_norm = torch.nn.utils.clip_grad_norm_(chat.model.parameters(), settings["clip"])
         row = {"step": progress.step, **summarize(parts, settings["objective"]),
                "grad_norm": grad_norm.item()}
+        row |= watch.look(progress.step)
         if progress.step == 0:      # where policy = reference, the loss is known beforehand
             tqdm.write(f"{progress.out}: {len(examples)} examples, {len(batches)} steps; "
                        f"{step_zero(row, settings)}")

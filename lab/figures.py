@@ -111,7 +111,8 @@ def training_curve(key, logs, axes):
     """One number of log.jsonl over the steps, {path: rows}."""
     for path, rows in logs.items():
         if key in rows[0]:
-            axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=path)
+            shown = [row for row in rows if key in row]
+            axes.plot([row["step"] for row in shown], [row[key] for row in shown], label=path)
     axes.set(title=key, xlabel="step")
     axes.legend(fontsize=7)
 
@@ -136,7 +137,7 @@ def draw_logs(files, out):
     """Training curves, of log.jsonl files."""
     check_matplotlib()
     logs = {path: read_jsonl(path, needs=()) for path in files}
-    keys = ("loss", "margin", "accuracy", "chosen_rewards", "rejected_rewards", "grad_norm")
+    keys = ("loss", "margin", "accuracy", "chosen_rewards", "rejected_rewards", "p(original)")
     draw(out, [partial(training_curve, key, logs) for key in keys])
 
 

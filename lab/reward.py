@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from plumbing import cli, fast
+from plumbing import cli, fast, memory
 from plumbing.chat import autocast, load_chat, micro_batches, score, spare
 from plumbing.checkpoint import Progress, check_space, save_model, uninterrupted
 from plumbing.files import Output, UserError, encode_record, read_examples, read_jsonl
@@ -84,6 +84,7 @@ def train_reward(files, model, out, recipe):
     examples = read_all(files, chat, settings)
     output.write_note()
     check_space(out, chat.model)
+    memory.plan(chat, examples, settings)
     spare(chat.model, settings)
     optimizer = make_optimizer(chat.model, settings["weight_decay"])
     batches = make_batches(len(examples), settings["batch_size"], settings["epochs"],
@@ -92,7 +93,7 @@ def train_reward(files, model, out, recipe):
         left = batches[progress.step:]
         for batch in tqdm(left, initial=progress.step, total=len(batches), desc=str(out)):
             optimizer.zero_grad()
-            row = accumulate_gradient(chat, [examples[i] for i in batch], settings)
+            row = memory.retry(accumulate_gradient, chat, [examples[i] for i in batch], settings)
             row["step"] = progress.step
             if progress.step == 0:
                 tqdm.write(f"{out}: loss {row['loss']:.4f} by a random head (about ln 2)")

@@ -185,8 +185,8 @@ def make_chat(rng):
         elif kind == "lazy":
             mode = draw(rng, WORLD["under_lazy"])
         return bad, query, answer(query, rng, mode)
-    asked = sso.principle_messages(query, PROMPTS)[0]["content"]
-    return None, asked, f"{bad} ### good guideline {good}"
+    form = PROMPTS["principles"]
+    return form["system"], query, sso.fill(form["answer"], bad=bad, good=good)
 
 
 # ---- Tokenizer, model, training ------------------------------------------------------------------
@@ -211,8 +211,8 @@ def texts_of(value):
 
 def make_tokenizer():
     """A word-level tokenizer over exactly the words of this world, with a ChatML template."""
-    texts = ["system user assistant ### good guideline", *CATEGORIES, *texts_of(WORLD),
-             PROMPTS["principles"], PROMPTS["fallback_good"], PROMPTS["fallback_bad"]]
+    texts = ["system user assistant", *CATEGORIES, *texts_of(WORLD), *texts_of(PROMPTS["principles"]),
+             PROMPTS["fallback_good"], PROMPTS["fallback_bad"]]
     words = {word for text in texts for word in re.sub(r"{\w+}", " ", text).split()}
     vocab = {word: i for i, word in enumerate(SPECIALS + sorted(words))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))

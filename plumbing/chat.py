@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 import sso
-from plumbing import fast
+from plumbing import fast, memory
 from plumbing.files import UserError
 
 logging.disable_progress_bar()
@@ -96,6 +96,7 @@ def load_chat(path, dtype=torch.float32, auto_class=AutoModelForCausalLM, **opti
     here."""
     tokenizer = load_tokenizer(path)
     try:
+        memory.check_weights(path, dtype.itemsize, auto_class, **options)
         model = auto_class.from_pretrained(path, dtype=dtype, **options).to(device).eval()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -104,6 +105,8 @@ def load_chat(path, dtype=torch.float32, auto_class=AutoModelForCausalLM, **opti
         # Tensors this small gain little from a second thread, and lose a factor of dozens when
         # another program runs on its core.
         torch.set_num_threads(1)
+    if device.type == "cuda":
+        print(f"{path}: on {torch.cuda.get_device_name()}, matrix products in {precision()}")
     stop_ids = stop_ids_of(model, tokenizer)
     end_id = end_of_turn_id(tokenizer, stop_ids)
     # Padding is always masked; but it must not be an end of turn, off which a reward is read.
@@ -130,16 +133,26 @@ def spare(model, settings):
             module.training = hasattr(module, "gradient_checkpointing")
 
 
+def precision():
+    """Of matrix products: bf16 on a card with units for it (compute capability 8, A100 or later).
+    On an older one, such as a T4, fp32: its fp16 ends at 65,504, and gradients below 6e-8 vanish in
+    it, so that training would need its loss scaled."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
 def autocast():
-    """bf16 matrix products on CUDA. Weights stay fp32: in bf16, steps of 5e-7 would be rounded
-    away."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """bf16 matrix products where the card can. Weights stay fp32: in bf16, steps of 5e-7 would be
+    rounded away."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision() == torch.bfloat16)
 
 
 def micro_batches(examples, budget):
     """Group examples, each R pairs of token ids, so that a group's rows in plumbing/fast.py hold at
-    most `budget` padded tokens (those of the plain form up to twice as many). Returns lists of
-    indices into `examples`; those of like length come together."""
+    most `budget` padded tokens (those of the plain form up to twice as many); 0 is the default.
+    Returns lists of indices into `examples`; those of like length come together."""
+    budget = budget or memory.MOST
     widths = [max(sum(map(len, pair)) for pair in example) for example in examples]
     groups = [[]]
     for i in sorted(range(len(examples)), key=widths.__getitem__):  # a group's last is its widest
@@ -154,10 +167,15 @@ def micro_batches(examples, budget):
 def score(chat, examples, budget, function=None, name="scoring"):
     """`chat.pair_logps`, or another function like it, of all examples, without gradient: two
     (2, R, examples)."""
-    function = function or chat.pair_logps
+    settings = {"micro_batch_tokens": budget or memory.MOST}
+    return memory.retry(score_all, chat, examples, function or chat.pair_logps, name, settings)
+
+
+def score_all(chat, examples, function, name, settings):
     scores = torch.zeros(2, len(examples[0]), len(examples), device=device)
     tokens = torch.zeros_like(scores, dtype=torch.long)
-    for group in tqdm(micro_batches(examples, budget), desc=name, leave=False):
+    for group in tqdm(micro_batches(examples, settings["micro_batch_tokens"]), desc=name,
+                      leave=False):
         with autocast():
             values, counts = function(chat.model, [examples[i] for i in group], chat.pad_id)
         scores[:, :, group], tokens[:, :, group] = values, counts

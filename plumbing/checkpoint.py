@@ -41,15 +41,42 @@ def check_space(out, model):
 
 
 def save_model(chat, out):
-    """Save a `from_pretrained` folder. config.json comes last: it proves the folder complete."""
+    """Save a `from_pretrained` folder, which transformers 4 reads as well."""
     staging = Path(out, "saving")
     shutil.rmtree(staging, ignore_errors=True)
     chat.model.save_pretrained(staging)
     chat.tokenizer.save_pretrained(staging)
+    publish(staging)
+
+
+def publish(staging):
+    """Move a saved model to the folder above. config.json comes last: it proves that complete."""
+    add_former_names(staging)
+    out = staging.parent
     for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, Path(out, file.name))
     staging.rmdir()
     Path(out, "checkpoint.pt").unlink(missing_ok=True)
+
+
+def add_former_names(folder):
+    """Those of transformers 4. Without them it refuses the tokenizer, and gives a model whose RoPE
+    has another base the base 10,000, silently. transformers 5 still reads them."""
+    config_path, tokenizer_path = folder / "config.json", folder / "tokenizer_config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    rope = dict(config.get("rope_parameters") or {})
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:                # it is not where each kind of layer has a RoPE of its own
+            config[name] = rope.pop(name)
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    write_text(config_path, json.dumps(config, indent=2))
+    tokenizer = json.loads(tokenizer_path.read_text(encoding="utf-8"))
+    if tokenizer["tokenizer_class"] == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    write_text(tokenizer_path, json.dumps(tokenizer, indent=2))
 
 
 class Progress:

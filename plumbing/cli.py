@@ -14,16 +14,17 @@ import sys
 import tomllib
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 import sso
+from plumbing import memory
 from plumbing.files import UserError
 
 PAPER = Path(__file__).parent.parent / "recipes" / "paper.toml"
 CHOICES = {"objective": sso.PAIRS, "base_loss": sso.BASE_LOSSES, "roles": sso.COLUMNS}
 BOUNDS = {      # of numbers; the others are above 0, and whole ones at least 1
     "top_p": (1e-12, 1), "warmup": (0, 1), "recompute_layers": (0, 1), "compile": (0, 1),
+    "micro_batch_tokens": (0, math.inf),
     "temperature": (0, math.inf), "gamma": (0, math.inf), "weight_decay": (0, math.inf)}
 
 
@@ -64,7 +65,10 @@ def update(settings, given, place, extra=()):
 def read_recipe(path=None):
     """The settings of every stage and the prompts: those of the paper, and over them a recipe's
     own."""
-    recipe = load_toml(PAPER) | {"prompts": copy.deepcopy(sso.PROMPTS)}
+    recipe = load_toml(PAPER)
+    prompts = copy.deepcopy(sso.PROMPTS)
+    update(prompts, recipe["prompts"], "recipes/paper.toml prompts:")
+    recipe["prompts"] = prompts
     if path:
         given = load_toml(path)
         extra = {"generator": loss_settings(), "policy": loss_settings()}
@@ -123,12 +127,15 @@ HELP = {        # of flags that are no settings: the parameters of commands
     "policy": "chat model under which p(.) is measured",
     "grader": "Python file with grade(query, response, finished), 0 to 1",
     "judge": "chat model that compares two outputs",
+    "server": "URL, as http://localhost:8000/v1, of an OpenAI-compatible server for --judge and "
+              "--principle-model (generate.py: for --model); its key: OPENAI_API_KEY",
     "judge_pairs": "comparisons of a file that a judge sees (200, as in Section 6.3)",
     "out": "what to write",
     "seeds": "1 to so many",
     "processes": "of one thread each",
     "plot": "picture to draw, too (needs matplotlib)",
     "world": "of lab/toy.toml",
+    "long": "1: principles of 30 to 60 words (0)", "seed": "of what is drawn",
     "files": "JSONL", "folders": "of runs of run.py",
 }
 SEVERAL = ("files", "folders", "roles")
@@ -251,7 +258,9 @@ def run(description, *commands, without_model=None):
         main(description, *commands, without_model=without_model)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
         sys.exit(f"error: {error}; lower --micro-batch-tokens (training), --batch-size (sampling)")
     except (OSError, SafetensorError) as error:
         if "No space" in str(error):

@@ -50,8 +50,8 @@ def parse_record(line, needs):
         raise ValueError(f"not a JSON object ({error}); one a line is expected") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object; one a line is expected")
-    if "prompt" not in record and isinstance(record.get("chosen"), list):
-        record["prompt"] = record["chosen"][:-1]                # TRL's "implicit prompt"
+    if "prompt" not in record:
+        find_prompt(record)
     for column in ("prompt", *sso.COLUMNS.values()):
         if column in record:
             record[column] = as_messages(column, record[column])
@@ -62,6 +62,18 @@ def parse_record(line, needs):
         if not value or not (has_messages or has_text):
             raise ValueError(f"a record without a {key!r}")
     return record
+
+
+def find_prompt(record):
+    """Give a record a prompt from where other tools have it, if it is there."""
+    for name in ("instruction", "query"):                       # alpaca_eval's name; the paper's
+        if name in record:
+            if record.get("input"):                             # Alpaca's second half of a prompt
+                raise ValueError(f"an 'input' beside {name!r}: join them into a 'prompt'")
+            record["prompt"] = record[name]
+            return
+    if isinstance(record.get("chosen"), list):
+        record["prompt"] = record["chosen"][:-1]                # TRL's "implicit prompt"
 
 
 def as_messages(column, value):
@@ -153,6 +165,28 @@ def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=
     if not examples:
         raise UserError(f"{path}: no pair is left: {dict(skipped)}")
     return examples, skipped
+
+
+def read_responses(path, records, role, chat, max_length, prompts=sso.PROMPTS):
+    """The responses of a role as examples whose log-probs are to be measured, each one pair of token
+    ids under the plain prompt, with a loser of one token, which costs nothing. One without any token
+    is left out."""
+    examples = []
+    for number, record in enumerate(records, 1):
+        if sso.COLUMNS[role] not in record:
+            continue
+        response = sso.record_response(record, role)
+        if not response.text.strip() and not response.finished:
+            continue
+        messages = sso.role_messages("original", record, prompts)
+        try:
+            prompt, ids, _ = sso.encode_pair(chat.tokenizer, chat.end_id,
+                                             sso.Pair(messages, response, response),
+                                             min(max_length, chat.context))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        examples.append([sso.Pair(prompt, ids, ids[:1])])
+    return examples
 
 
 # ---- Writing -------------------------------------------------------------------------------------

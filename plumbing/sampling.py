@@ -1,20 +1,25 @@
-"""Prompts in, responses out: `sample` is the one contract, static and continuous batches serve
-it."""
+"""Prompts in, responses out: `sample` is the one contract; static and continuous batches serve it,
+and so do servers."""
 
+import os
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
 
 import sso
+from plumbing import server as servers
 from plumbing.chat import device, load_chat
 from plumbing.files import UserError
 
 
-def load_sampler(path):
+def load_sampler(path, server=None):
     """`load_chat` for sampling: bf16 on CUDA, and none of the checkpoint's own sampling settings
-    (Qwen2.5 brings a repetition penalty and top-k), so that responses are the policy's own."""
+    (Qwen2.5 brings a repetition penalty and top-k), so that responses are the policy's own. Or the
+    model of that name at the URL of a server."""
+    if server:
+        return servers.load_server(server, path)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chat = load_chat(path, dtype)
     ignored = {}
@@ -28,15 +33,36 @@ def load_sampler(path):
     return chat
 
 
+class EndText(StoppingCriteria):
+    """Ends a row once what is new of it holds a text. (The stop_strings of transformers fail on some
+    tokenizers.)"""
+
+    def __init__(self, tokenizer, width, end):
+        self.tokenizer, self.width, self.end = tokenizer, width, end
+
+    def __call__(self, input_ids, scores, **others):                # (N, T)
+        texts = self.tokenizer.batch_decode(input_ids[:, self.width:], skip_special_tokens=True)
+        return torch.tensor([self.end in text.lstrip() for text in texts], device=input_ids.device)
+
+
 def decode_static(chat, prompts, seed, limit, options):
     """New ids of N prompts of token ids, all decoded together until the longest answer ends: N
-    lists."""
+    lists. What all prompts begin with, P tokens such as worked examples, is read but once."""
+    shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
     width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), chat.pad_id)      # (N, T), padded on the left
+    input_ids = torch.full((len(prompts), width), chat.pad_id)      # (N, T): shared, padding, own
     attention_mask = torch.zeros_like(input_ids)                    # (N, T)
     for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt):] = torch.tensor(prompt)
-        attention_mask[row, width - len(prompt):] = 1
+        own = prompt[len(shared):]
+        input_ids[row, :len(shared)] = torch.tensor(shared, dtype=torch.long)
+        input_ids[row, width - len(own):] = torch.tensor(own)
+        attention_mask[row, :len(shared)] = 1
+        attention_mask[row, width - len(own):] = 1
+    if shared:
+        cache = chat.model(input_ids=input_ids[:1, :len(shared)].to(device), use_cache=True,
+                           logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+        options = options | {"past_key_values": cache}
     torch.manual_seed(seed)
     output = chat.model.generate(input_ids=input_ids.to(device),
                                  attention_mask=attention_mask.to(device),
@@ -45,7 +71,9 @@ def decode_static(chat, prompts, seed, limit, options):
 
 
 def decode_continuously(chat, prompts, seed, limit, options, **sizes):
-    """The same by transformers' continuous batching: where an answer ends, another one begins."""
+    """The same by transformers' continuous batching: where an answer ends, another one begins. It
+    takes no stopping criteria."""
+    options = {key: value for key, value in options.items() if key != "stopping_criteria"}
     config = GenerationConfig(eos_token_id=chat.stop_ids, pad_token_id=chat.pad_id,
                               max_new_tokens=limit, **options)
     batching = ContinuousBatchingConfig(seed=seed, **sizes)
@@ -69,17 +97,31 @@ else:
     batches_at_once = 1
 
 
+def batch_size(chat, settings):
+    """How many records are sampled, and then written, together."""
+    if isinstance(chat, servers.Server):
+        return settings["batch_size"] * servers.BATCHES_AT_ONCE
+    return settings["batch_size"] * batches_at_once
+
+
 class Sampled(NamedTuple):
     responses: list     # of sso.Response
     tokens: int         # in all
 
 
 @torch.no_grad()
-def sample(chat, prompts, seed, settings):
-    """Sample a response to each of N prompts, lists of chat messages."""
+def sample(chat, prompts, seed, settings, begun=None, end=None):
+    """Sample a response to each of N prompts, lists of chat messages. `begun`: texts that the
+    responses go on from; `end`: a text after which a response is of no interest."""
     if not prompts:
         return Sampled([], 0)
-    encoded = [sso.encode_prompt(chat.tokenizer, messages) for messages in prompts]
+    if isinstance(chat, servers.Server):
+        return Sampled(*servers.sample(chat, prompts, seed, settings, begun, end))
+    begun = begun or [""] * len(prompts)
+    encoded = []
+    for messages, text in zip(prompts, begun):
+        start = chat.tokenizer(text, add_special_tokens=False).input_ids
+        encoded.append(sso.encode_prompt(chat.tokenizer, messages) + start)
     width = max(map(len, encoded))
     if width >= chat.context:
         longest = prompts[[len(ids) for ids in encoded].index(width)]
@@ -89,6 +131,8 @@ def sample(chat, prompts, seed, settings):
     if settings["temperature"] > 0:
         options = {"do_sample": True, "temperature": settings["temperature"],
                    "top_p": settings["top_p"], "top_k": 0}
+    if end:
+        options["stopping_criteria"] = [EndText(chat.tokenizer, width, end)]
     limit = min(settings["max_new_tokens"], chat.context - width)
     responses, tokens = [], 0
     for ids in decode(chat, encoded, seed, limit, options):

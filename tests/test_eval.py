@@ -230,6 +230,9 @@ def test_the_measures_of_pairs_by_hand(toy_base, tmp_path, records):
     assert measures["accuracy"] == stat([1.0, 0.5, 0.0]) and measures["ties"] == stat([0.0, 1.0, 0.0])
     assert measures["y+"] == stat([1.0, 1.0, 0.5]) and measures["y-"] == stat([0.5, 1.0, 1.0])
     assert measures["yo"] == stat([0.45] * 3) and measures["pairs"] == 3
+    assert measures["y+ over yo"] == stat([1.0, 1.0, 1.0])
+    words = {"y+": [5, 5, 5], "yo": [4, 4, 4], "y-": [5, 6, 5]}
+    assert all(measures[f"words of {symbol}"] == stat(numbers) for symbol, numbers in words.items())
 
 
 def test_every_pair_of_the_file_is_measured_also_equal_ones(toy_base, tmp_path, records):
@@ -283,8 +286,9 @@ def test_what_a_file_does_not_have_is_not_measured(toy_base, tmp_path, records):
     for record in records:
         del record["original"]
     measures = measure(tmp_path / "d.jsonl", records, toy_base, GRADER)
-    assert measures.keys() == {"pairs", "p(chosen)", "p(rejected)", "accuracy", "ties"}
-    assert measure(tmp_path / "d.jsonl", records, toy_base).keys() == {"pairs", "p(chosen)", "p(rejected)"}
+    without_critic = {"pairs", "p(chosen)", "p(rejected)", "words of y+", "words of y-"}
+    assert measures.keys() == without_critic | {"accuracy", "ties"}
+    assert measure(tmp_path / "d.jsonl", records, toy_base).keys() == without_critic
 
 
 def test_a_file_without_the_losers_is_refused_in_one_line(toy_base, tmp_path, records):
@@ -335,6 +339,41 @@ def test_a_critic_sees_so_many_pairs_and_probabilities_are_of_all(toy_base, tmp_
 def test_a_bad_record_is_named_by_its_line(toy_base, tmp_path, records):
     with pytest.raises(UserError, match="d.jsonl, line 4: a prompt of 4.. tokens leaves no room"):
         measure(tmp_path / "d.jsonl", records + [records[0] | {"prompt": "plum " * 400}], toy_base)
+
+
+# ---- Preflight -----------------------------------------------------------------------------------
+
+def cell(mean, se):
+    return {"mean": mean, "se": se, "n": 100}
+
+
+@pytest.mark.parametrize("accuracy, over_original, says", [
+    (cell(0.9, 0.03), cell(0.7, 0.03), "steerable"), (cell(0.9, 0.03), cell(0.45, 0.03), "steerable"),
+    (cell(0.9, 0.03), cell(0.43, 0.03), "yo is better than y+"), (cell(0.9, 0.03), None, "steerable"),
+    (cell(0.56, 0.03), cell(0.7, 0.03), "pairs at chance"), (cell(0.57, 0.03), cell(0.7, 0.03), "steerable"),
+    (cell(0.2, 0.03), cell(0.7, 0.03), "pairs at chance"), (cell(0.5, 0.0), cell(0.1, 0.0), "pairs at chance")])
+def test_the_preflight_says_what_follows_from_two_standard_errors(accuracy, over_original, says):
+    measures = {"accuracy": accuracy} | ({"y+ over yo": over_original} if over_original else {})
+    assert evaluation.verdict(measures).startswith(says)
+    assert "--grader or --judge" in evaluation.verdict({"pairs": 3})
+
+
+def test_the_preflight_through_its_command(toy_base, tmp_path, monkeypatch, capsys, records):
+    """The same critic's marks as `eval.py pairs`, in a row for each response; of so many queries at most."""
+    path = write_jsonl(tmp_path / "d.jsonl", [records[0] | {"original": "axe ."}] * 7)
+    run_here(f"python eval.py preflight {path} --policy {toy_base} --grader {toy.__file__}", monkeypatch)
+    printed = capsys.readouterr().out
+    assert "Preflight, 7 queries" in printed and "\nsteerable: y+ is better than y-" in printed
+    rows = {line.split("|")[1].strip(): [text.strip() for text in line.split("|")[2:-1]]
+            for line in printed.splitlines() if line.startswith("| ") and "±" in line}
+    assert rows["y+"][:2] == ["1.000 ± 0.000", "-"] and rows["yo"][:2] == ["0.250 ± 0.000", "1.000 ± 0.000"]
+    assert rows["y-"][:2] == ["0.500 ± 0.000", "1.000 ± 0.000"] and rows["y-"][3] == "5.000 ± 0.000"
+    chat = load_chat(toy_base)
+    assert float(rows["yo"][2].split()[0]) == pytest.approx(probability(chat, "axe ."), abs=6e-4)
+    monkeypatch.setattr(evaluation, "PREFLIGHT", 4)
+    assert evaluation.measure_pairs(path, toy_base, GRADER, TOY, only=4)["p(chosen)"]["n"] == 4
+    run_here(f"python eval.py preflight {path} {path} --policy {toy_base}", monkeypatch)
+    assert capsys.readouterr().out.count("is not known: give --grader or --judge") == 2
 
 
 # ---- Policies ------------------------------------------------------------------------------------
@@ -447,7 +486,7 @@ def test_the_commands_by_a_grader_and_by_nobody(toy_base, tmp_path, monkeypatch,
     by_hand = evaluation.measure_pairs(data, toy_base, GRADER, PAPER)
     run_here(f"python eval.py pairs {data} --policy {toy_base} --grader {toy.__file__}", monkeypatch)
     row = row_of(capsys.readouterr().out, data)
-    for name in set(by_hand) - {"pairs"}:
+    for name in set(evaluation.PAIRS_TABLE[1:]):
         assert row[name] == f"{by_hand[name]['mean']:.3f} ± {by_hand[name]['se']:.3f}"
     run_here(f"python eval.py pairs {data} --policy {toy_base}", monkeypatch)
     assert row_of(capsys.readouterr().out, data) == row | dict.fromkeys(("accuracy", "ties", "y+", "yo", "y-"), "-")

@@ -1,6 +1,7 @@
 """Sampling, files and recipes: what is drawn does not depend on company or interruption; bad input ends in one line."""
 
 import errno
+import functools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from lab import toy
 from plumbing import cli, files, sampling
 from plumbing.chat import load_chat
 from plumbing.files import UserError
+from plumbing.principles import fault, with_principles
 from plumbing.sampling import load_sampler, sample
 
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12}
@@ -231,7 +233,7 @@ def test_a_killed_command_continued_has_the_same_bytes(toy_base, tmp_path):
 def test_pairs_that_teach_nothing_are_skipped_in_training_and_counted(toy_base, toy_data, tmp_path, monkeypatch,
                                                                       capsys):
     """Of every three queries one gets equal responses, one an empty rejected one. The file keeps a line a query."""
-    def fake(chat, prompts, seed, settings):
+    def fake(chat, prompts, seed, settings, *others):
         good = seed % 3 == 0                           # the seeds of a batch's roles are consecutive
         texts = ["same", "yes", "yes"] if good else [" same", "  ", "no"]
         return sampling.Sampled([sso.Response(texts[i % 3], True) for i in range(len(prompts))], len(prompts))
@@ -299,32 +301,111 @@ def test_the_features_that_are_shipped_are_principles():
         record["feature"] for record in shipped}
 
 
-def test_a_query_without_principles_gets_the_fixed_pair_and_is_counted(qwen3, tmp_path, capsys):
-    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Hi"}, {"prompt": [{"role": "user", "content": "Why?"}]}])
-    generate.principles(qwen3, queries, tmp_path / "p.jsonl", cli.change(PAPER, principles={"max_new_tokens": 4}))
-    records = files.read_jsonl(tmp_path / "p.jsonl")
-    assert {record["good_principle"] for record in records} == {sso.PROMPTS["fallback_good"]}
-    assert {record["bad_principle"] for record in records} == {sso.PROMPTS["fallback_bad"]}
-    assert all(record["fallback"] for record in records)
-    assert "2 queries, 2 with the fixed pair" in capsys.readouterr().out
+EXAMPLE = {"query": "How far is the moon?", "bad": "Talk of cheese and of nothing else for many lines, please.",
+           "good": "Say it."}
+FORM = cli.change(PAPER, prompts={"principles": PAPER["prompts"]["principles"] | {"examples": [EXAMPLE]}})
 
 
-def test_principles_of_an_answer_stand_in_their_columns_under_their_query(qwen3, tmp_path, monkeypatch):
-    def fake(chat, prompts, seed, settings):
-        answers = []
-        for (message,) in prompts:
-            query = message["content"].removesuffix("\n### Bad Guideline").rsplit("\n", 1)[-1]
-            answers.append(f"Be bad at {query}.\n### Good Guideline\nBe good at {query}." if query != "B" else "No.")
-        return sampling.Sampled([sso.Response(answer, True) for answer in answers], 1)
+@pytest.mark.parametrize("bad, good, fault", [
+    ("Be vague.", "Be exact.", None),
+    ("", "Be exact.", "empty"),
+    ("Be vague.", "", "empty"),
+    ("Be so.", "be So.", "good equals bad"),
+    ("Talk of cheese; and of nothing else for many LINES", "Be exact.", "repeats an example"),      # nine words of it
+    ("Be vague.", "Please, talk of cheese and of nothing else for a day", "repeats an example"),    # eight of them
+    ("Be vague.", "Please, talk of cheese and of nothing else", None),                              # seven
+    ("Say it", "Be exact.", "repeats an example"),                                                  # a whole short one
+    ("Say it now", "Be exact.", None),
+])
+def test_a_pair_of_principles_of_no_use_is_replaced_by_the_fixed_one_and_says_why(bad, good, fault):
+    made = with_principles({"n": 1}, bad, good, FORM["prompts"])
+    fixed = {"good_principle": sso.PROMPTS["fallback_good"], "bad_principle": sso.PROMPTS["fallback_bad"]}
+    own = {"good_principle": good, "bad_principle": bad}
+    assert made == {"n": 1, "fallback": fault} | (fixed if fault else own)
+
+
+def test_principles_are_made_in_two_stages_of_a_begun_answer(qwen3, tmp_path, monkeypatch, capsys):
+    """The second one goes on from the first; a line's end, and what follows, is cut off; faults are counted."""
+    asked = []
+
+    def fake(chat, prompts, seed, settings, begun, end):
+        asked.append((seed, begun, end))
+        texts = []
+        for messages, start in zip(prompts, begun):
+            query, *rest = messages[-1]["content"], start
+            assert messages[:-1] == sso.principle_messages("", FORM["prompts"])[:-1]
+            kind = "good" if "Good guideline:" in start else "bad"
+            texts.append({"B": "\n"}.get(query, f" Be {kind}  at {query}.\nGood guideline: no"))
+            if query == "D":
+                texts[-1] = " Say it."
+        return sampling.Sampled([sso.Response(text, True) for text in texts], 1)
 
     monkeypatch.setattr(generate, "sample", fake)
-    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "A", "n": 1}, {"prompt": "B"}, {"prompt": "CC"}])
-    generate.principles(qwen3, queries, tmp_path / "p.jsonl", PAPER)
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": text, "n": text} for text in ("A", "B", "CC", "D")])
+    generate.principles(qwen3, queries, tmp_path / "p.jsonl", cli.change(FORM, principles={"batch_size": 2}))
     fixed = (sso.PROMPTS["fallback_good"], sso.PROMPTS["fallback_bad"])
-    keys = ("good_principle", "bad_principle", "fallback", "n")
+    keys = ("n", "good_principle", "bad_principle", "fallback")
     assert [tuple(record.get(key) for key in keys) for record in files.read_jsonl(tmp_path / "p.jsonl")] == [
-        ("Be good at A.", "Be bad at A.", False, 1), (*fixed, True, None),
-        ("Be good at CC.", "Be bad at CC.", False, None)]
+        ("A", "Be good at A.", "Be bad at A.", None), ("B", *fixed, "empty"),
+        ("CC", "Be good at CC.", "Be bad at CC.", None), ("D", *fixed, "good equals bad")]
+    (bad_seed, begun, end), (good_seed, after, _) = asked[:2]       # the longest queries come first
+    assert begun == ["Bad guideline:"] * 2 and end == "\n" and bad_seed != good_seed
+    assert after[0] == "Bad guideline: Be bad at CC.\nGood guideline:"
+    printed = capsys.readouterr().out
+    assert "4 queries; with the fixed pair of principles: {'empty': 1, 'good equals bad': 1}" in printed
+    assert printed.count("  query ") == 3 and "  good  Be good at A.\n  bad   Be bad at A." in printed
+
+
+def test_the_worked_examples_of_the_papers_recipe_are_of_its_kind():
+    examples = PAPER["prompts"]["principles"]["examples"]
+    assert len(examples) >= 8
+    for example in examples:
+        assert set(example) == {"query", "bad", "good"}
+        assert all(30 <= len(example[kind].split()) <= 60 and "\n" not in example[kind] for kind in ("bad", "good"))
+        others = [other for other in examples if other is not example]
+        prompts = {"principles": PAPER["prompts"]["principles"] | {"examples": others}}
+        assert fault(example["bad"], example["good"], prompts) is None
+    queries = {record["prompt"][0]["content"] for record in files.read_jsonl(ROOT / "data/queries.jsonl")}
+    assert not queries & {example["query"] for example in examples}
+
+
+def test_an_answer_that_is_begun_is_gone_on_with_and_ends_at_its_end(checkpoint):
+    """Against ids put together here and decoded one at a time without a cache, and cut off behind the end text."""
+    chat = load_sampler(checkpoint)
+    begun = ["Bad: ", "", "Bad: a longer one"]
+    plain = sample(chat, CHATS, 0, GREEDY, begun).responses
+    for messages, start, response in zip(CHATS, begun, plain):
+        ids = sso.encode_prompt(chat.tokenizer, messages)
+        ids = ids + chat.tokenizer(start, add_special_tokens=False).input_ids
+        new = []
+        while len(new) < 12 and not set(new) & set(chat.stop_ids):
+            logits = chat.model(input_ids=torch.tensor([ids + new])).logits[0, -1]
+            new.append(logits.argmax().item())
+        new = [i for i in new if i not in chat.stop_ids]
+        assert response.text == chat.tokenizer.decode(new, skip_special_tokens=True)
+    end = next(sign for sign in plain[0].text[1:] if sign.isascii() and sign.strip())
+    short = sample(chat, CHATS[:1], 0, GREEDY, begun[:1], end).responses[0].text
+    assert short == plain[0].text[:plain[0].text.index(end) + 1] and len(short) < len(plain[0].text)
+
+
+def test_what_prompts_begin_with_is_read_once(checkpoint):
+    """Greedy answers of prompts that share much, alone (nothing is shared), and together."""
+    chat = load_sampler(checkpoint)
+    prompts = [[{"role": "system", "content": "Be kind and brief. " * 5}] + messages for messages in CHATS]
+    read, forward = [], chat.model.forward
+
+    @functools.wraps(forward)               # generate() looks at its signature
+    def spy(*args, **options):
+        read.append(options["input_ids"].numel())
+        return forward(*args, **options)
+
+    chat.model.forward = spy
+    together = sample(chat, prompts, 0, GREEDY).responses
+    tokens = sum(len(sso.encode_prompt(chat.tokenizer, messages)) for messages in prompts)
+    assert sum(read) < 0.8 * tokens
+    assert together == [sample(chat, [messages], 0, GREEDY).responses[0] for messages in prompts]
+    twins = sample(chat, [CHATS[0], CHATS[0]], 0, GREEDY).responses         # prompts that share all
+    assert twins == sample(chat, CHATS[:1], 0, GREEDY).responses * 2
 
 
 def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
@@ -342,7 +423,7 @@ def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
     ("", "an empty file"),
     ('{"prompt": "a"}\n{"prompt": \n', "line 2: not a JSON object"),
     ('{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not a JSON object"),
-    ('{"query": "a"}', "line 1: a record without a 'prompt'"),
+    ('{"text": "a"}', "line 1: a record without a 'prompt'"),
     ('"a"', "line 1: not a JSON object"),
     (b'{"prompt": "\xff"}', "line 1: not a JSON object.*utf-8"),
     ('{"prompt": "\\ud800"}', "line 1: not a JSON object.*surrogates"),
@@ -543,8 +624,9 @@ def test_the_commands_refuse_skip_and_overwrite_nothing(toy_base, toy_data, caps
     warmer = cli.change(TOY, principles={"temperature": 0.9})
     with pytest.raises(UserError, match="temperature = 0.7, not 0.9"):
         generate.principles(toy_base, toy_data / "queries.jsonl", out, warmer)
-    asked = cli.change(TOY, prompts={"principles": "### query {query} ### good guideline"})
-    with pytest.raises(UserError, match="principles = '### query {query} ### bad guideline', not '### query"):
+    form = TOY["prompts"]["principles"]
+    asked = cli.change(TOY, prompts={"principles": form | {"system": "### order"}})
+    with pytest.raises(UserError, match="principles = {'system': '### guideline'.*, not {'system': '### order"):
         generate.principles(toy_base, toy_data / "queries.jsonl", out, asked)
     other = write_jsonl(toy_data / "others.jsonl", [{"prompt": toy.make_queries(9)[0][0]}])
     with pytest.raises(UserError, match="queries = 'queries.jsonl', not 'others.jsonl'"):
@@ -606,7 +688,8 @@ def test_the_papers_recipe_has_the_papers_values():
     assert (generator["objective"], policy["objective"]) == ("sso", "policy")
     responses = PAPER["responses"]
     assert (responses["temperature"], responses["top_p"], responses["max_new_tokens"]) == (0.7, 0.8, 2048)
-    assert PAPER["prompts"] == sso.PROMPTS
+    examples = {"examples": PAPER["prompts"]["principles"]["examples"]}
+    assert PAPER["prompts"] == sso.PROMPTS | {"principles": sso.PROMPTS["principles"] | examples}
     for stage in ("principles", "responses", "generator", "policy"):
         cli.stage_settings(PAPER, stage)
 
@@ -614,7 +697,7 @@ def test_the_papers_recipe_has_the_papers_values():
 def first_comments():
     """{setting: its comment where it first appears}, or None there."""
     comments = {}
-    for line in cli.PAPER.read_text().splitlines():
+    for line in cli.PAPER.read_text().partition("\n[[prompts")[0].splitlines():
         found = re.fullmatch(r"(\w+) = [^#]*?(?: +# (\S.*))?", line)
         if found:
             comments.setdefault(found[1], found[2])
@@ -624,8 +707,9 @@ def first_comments():
 def test_every_setting_of_the_papers_recipe_is_explained_where_it_first_appears():
     comments = first_comments()
     settings = set()
-    for section in tomllib.loads(cli.PAPER.read_text()).values():
-        settings |= section.keys()
+    for name, section in tomllib.loads(cli.PAPER.read_text()).items():
+        if name != "prompts":
+            settings |= section.keys()
     assert comments.keys() == settings and all(comments.values())
 
 
@@ -648,7 +732,7 @@ def test_another_recipe_changes_only_what_it_says(tmp_path):
         """)
     recipe = cli.read_recipe(path)
     assert recipe["policy"] == PAPER["policy"] | {"lr": 1.0} and type(recipe["policy"]["lr"]) is float
-    assert recipe["prompts"] == sso.PROMPTS | {"fallback_good": "Be kind."}
+    assert recipe["prompts"] == PAPER["prompts"] | {"fallback_good": "Be kind."}
     same = recipe.keys() - {"policy", "prompts"}
     assert recipe.keys() == PAPER.keys() and all(recipe[section] == PAPER[section] for section in same)
     assert sso.PROMPTS["fallback_good"] != "Be kind."        # the constant is nobody's to change

@@ -28,8 +28,9 @@ SETUP = "pip install -r requirements.txt && "
 SMALL = ("--principles.max-new-tokens 6 --responses.max-new-tokens 6 --responses.batch-size 4 --generator.lr 1e-3 "
          "--policy.lr 1e-3 --policy.batch-size 3 --generator.batch-size 2 --policy.micro-batch-tokens 900")
 MODULES = {"sso": "sso", "generate": "generate", "train": "train", "eval": "eval", "run": "run"} | {
-    name: f"plumbing.{name}" for name in ("chat", "checkpoint", "cli", "fast", "files", "sampling", "tables")} | {
-    name: f"lab.{name}" for name in ("bench", "figures", "reward", "study", "toy")}
+    name: f"plumbing.{name}" for name in ("chat", "checkpoint", "cli", "fast", "files", "principles", "sampling",
+                                          "server", "tables", "watch")} | {
+    name: f"lab.{name}" for name in ("bench", "facts", "figures", "form", "real", "reward", "smollm", "study", "toy")}
 
 
 def test_the_test_command_of_the_readme_is_what_ci_runs():

@@ -69,6 +69,7 @@ def test_the_whole_path_on_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     report = read_json(out / "report.json")
     assert list(report) == ["base", "PBAA", "SSO"] and "| SSO " in printed
+    assert printed.count("Preflight, 5 queries") == printed.count("is not known: give --grader or --judge") == 2
     for name in ("PBAA", "SSO"):
         assert 0 < report[name]["p(chosen)"]["mean"] < 1
         assert not {"accuracy", "ties", "quality", "win rate", "y+"} & report[name].keys()          # there is no critic
@@ -366,7 +367,27 @@ def test_no_query_that_is_held_out_is_trained_on(tmp_path):
     assert again == held and len(used) == 14 and not any(record in held for record in used)
 
 
-# ---- The report's critic -------------------------------------------------------------------------
+# ---- The preflight and the report's critic -------------------------------------------------------
+
+def test_a_look_is_taken_before_each_training(toy_base, tmp_path, monkeypatch, capsys):
+    """At the policy's own responses before step 3, at the generator's pairs before step 4; once, and printed again."""
+    done, stage, measure = [], train.train, evaluation.measure_pairs
+    monkeypatch.setattr(train, "train", lambda name, *args: (done.append(name), stage(name, *args))[1])
+    monkeypatch.setattr(evaluation, "measure_pairs",
+                        lambda path, *args, **how: (done.append(path.name), measure(path, *args, **how))[1])
+    out, report = small_run(toy_base, tmp_path)
+    assert done == ["responses.jsonl", "generator", "pairs.jsonl", "policy", "policy",      # the second of them is PBAA
+                    "responses.jsonl", "pairs.jsonl"]                                       # and the report's
+    printed = capsys.readouterr().out
+    assert printed.count("Preflight, 14 queries") == 2
+    for name, row in (("responses", "PBAA"), ("pairs", "SSO")):
+        kept = read_json(out / f"{name}.preflight.json")
+        assert kept["accuracy"] == report[row]["accuracy"] and kept["y+"] == report[row]["y+"]
+        assert kept["p(original)"]["mean"] == pytest.approx(report[row]["p(original)"]["mean"], rel=1e-5)
+    done.clear()
+    small_run(toy_base, tmp_path)
+    assert "responses.jsonl" not in done and capsys.readouterr().out.count("Preflight, 14 queries") == 2
+
 
 def test_the_report_is_made_anew_for_another_critic_or_other_policies(toy_base, tmp_path):
     how, judge, changed = {"objective": "policy", "count": 30}, str(toy_base), []

@@ -284,26 +284,15 @@ def test_a_data_generator_is_what_never_answers_the_plain_query():
     assert [objective for objective in sso.PAIRS if sso.trains_generator(objective)] == ["sso", "plus", "minus", "eq3"]
 
 
-@pytest.mark.parametrize("answer, expected", [
-    ("Be vague.\n### Good Guideline\nBe exact.", ("Be vague.", "Be exact.")),
-    ("### Bad Guideline\nBe vague.\n\n### Good Guideline:\nBe exact.\n\n### Query\nNext", ("Be vague.", "Be exact.")),
-    ("**Bad Guideline:** Be vague.\n### good guideline Be\nexact.", ("Be vague.", "Be exact.")),
-    ("**Bad Guideline:** Be vague.\n\n**Good Guideline:** Be exact.", ("Be vague.", "Be exact.")),
-    ("Be vague.", ("", "")),
-    ("### Good Guideline\nBe exact.", ("", "")),
-    ("Be vague.\n### Good Guideline\n", ("", "")),
-    ("", ("", "")),
-])
-def test_principles_are_parsed_or_refused_as_a_pair(answer, expected):
-    assert sso.parse_principles(answer) == expected
-
-
-def test_the_prompt_for_principles_asks_for_the_bad_one_first_and_shows_three_examples():
-    text = sso.principle_messages("Why {is} the sky blue?")[0]["content"]
-    assert text.endswith("### Query\nWhy {is} the sky blue?\n### Bad Guideline")
-    headings = [line for line in text.split("\n") if line.startswith("###")]
-    example = ["### Query", "### Bad Guideline", "### Good Guideline"]
-    assert headings == example * 3 + example[:2]
+def test_worked_examples_are_earlier_turns_before_the_query():
+    form = {"system": "Write.", "answer": "Bad: {bad}\nGood: {good}", "end": "\n",
+            "examples": [{"query": "A {bad}?", "bad": "b {good}", "good": "g"}, {"query": "B?", "bad": "c", "good": "h"}]}
+    messages = sso.principle_messages("Why {is} the sky {bad}?", {"principles": form})
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert [message["content"] for message in messages] == [
+        "Write.", "A {bad}?", "Bad: b {good}\nGood: g", "B?", "Bad: c\nGood: h", "Why {is} the sky {bad}?"]
+    assert sso.principle_messages("Q", {"principles": form | {"system": "", "examples": []}}) == [
+        {"role": "user", "content": "Q"}]
 
 
 # ---- Losses --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import sso
 from lab import toy
 from plumbing import cli
 from plumbing.files import UserError
+from plumbing.principles import begun_answer, cut
 
 SORT, REVERSE = "sort these words : plum fox axe red", "say backwards : plum fox axe red"
 NAME, FILTER = "name three tools except : axe saw file", "keep only the fruits : plum fox fig red"
@@ -89,18 +90,22 @@ def test_the_prompts_of_its_recipe_are_those_that_the_model_has_learned(toy_base
         system, user = sso.role_messages(role, record, toy.PROMPTS)
         assert (system["content"], user["content"]) == (record[f"{role}_principle"], query)
     assert sso.role_messages("original", record, toy.PROMPTS) == record["prompt"]
-    for text in (toy.PROMPTS["principles"].replace("{query}", query), toy.PROMPTS["fallback_good"],
+    form = toy.PROMPTS["principles"]
+    for text in (form["system"], form["answer"].format(bad="", good=""), form["end"], toy.PROMPTS["fallback_good"],
                  toy.PROMPTS["fallback_bad"]):
         assert tokenizer.unk_token_id not in tokenizer(text).input_ids
 
 
-def test_the_model_is_taught_what_parse_principles_reads():
-    rng = random.Random(2)
-    asked = [chat for chat in (toy.make_chat(rng) for _ in range(300)) if "###" in chat[1]]
-    for _, user, assistant in asked:
-        query = user.removeprefix("### query ").removesuffix(" ### bad guideline")
-        bad, good = sso.parse_principles(assistant)
-        assert sso.principle_messages(query, toy.PROMPTS)[0]["content"] == user
+def test_the_model_is_taught_the_two_stages_in_which_it_is_asked():
+    rng, form = random.Random(2), toy.PROMPTS["principles"]
+    asked = [chat for chat in (toy.make_chat(rng) for _ in range(300)) if chat[0] == form["system"]]
+    for system, query, assistant in asked:
+        messages = sso.principle_messages(query, toy.PROMPTS)
+        assert [message["content"] for message in messages] == [system, query]
+        assert assistant.startswith(begun_answer(prompts=toy.PROMPTS) + " ")
+        bad = cut(assistant.removeprefix(begun_answer(prompts=toy.PROMPTS)), toy.PROMPTS)
+        assert assistant.startswith(begun_answer(bad, toy.PROMPTS) + " ")
+        good = cut(assistant.removeprefix(begun_answer(bad, toy.PROMPTS)), toy.PROMPTS)
         assert good in {toy.principle(query, rng, "good") for _ in range(100)}
         assert bad in {toy.principle(query, rng, kind) for kind in toy.BAD_PRINCIPLES for _ in range(30)}
     assert len(asked) > 10

@@ -289,6 +289,58 @@ def test_step_zero_of_ipo_is_printed_with_what_it_has_to_be(toy_base, data, tmp_
     assert "L_base at step zero: 1.0000 (1/(4β²) = 1.0000)" in "".join(capsys.readouterr())
 
 
+# ---- A look at the policy's own answers ----------------------------------------------------------
+
+def probability_of_yo(model, data, count=32):
+    """By hand, from plain logits: the mean over the first responses of exp(mean token log-prob)."""
+    chat, values = load_chat(model), []
+    for record in files.read_jsonl(data)[:count]:
+        prompt = sso.encode_prompt(chat.tokenizer, record["prompt"])
+        ids = sso.encode_response(chat.tokenizer, chat.end_id, sso.record_response(record, "original"))
+        logps = chat.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+        tokens = [logps[len(prompt) + i - 1, token].item() for i, token in enumerate(ids)]
+        values.append(math.exp(sum(tokens) / len(tokens)))
+    return sum(values) / len(values)
+
+
+def test_the_policys_log_has_how_probable_its_own_answers_still_are(toy_base, data, tmp_path):
+    train.train_policy(toy_base, data, tmp_path / "p", recipe("policy", batch_size=3, lr=1e-3))
+    lines = log(tmp_path / "p")
+    looked = {row["step"]: row["p(original)"] for row in lines if "p(original)" in row}
+    assert list(looked) == [0, 8] and len(lines) > 9
+    assert looked[0] == pytest.approx(probability_of_yo(toy_base, data), rel=1e-4)
+    assert looked[8] != looked[0]
+    train.train_generator(toy_base, data, tmp_path / "g", recipe("generator"))
+    assert not any("p(original)" in row for row in log(tmp_path / "g"))
+
+
+def test_a_policy_that_unlearns_its_own_answers_is_warned_of(toy_base, data, tmp_path, monkeypatch, capsys):
+    """A learning rate that is far too high; also after an interruption, when the weights before are gone."""
+    calls, settings = [], recipe("policy", batch_size=3, lr=3e-2, epochs=2)
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return make(*args)
+    make = train.accumulate_gradient
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate_gradient", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_policy(toy_base, data, tmp_path / "p", settings)
+    assert "warning" not in "".join(capsys.readouterr())
+    train.train_policy(toy_base, data, tmp_path / "p", settings)
+    printed = "".join(capsys.readouterr())
+    looked = [row["p(original)"] for row in log(tmp_path / "p") if "p(original)" in row]
+    assert min(looked) < looked[0] / 2
+    assert f"p(original) fell from {looked[0]:.2f} to {looked[1]:.2f}: the policy unlearns its own answers" in printed
+
+
+def test_pairs_without_yo_are_not_watched(toy_base, data, tmp_path):
+    plain = [{key: record[key] for key in ("prompt", "chosen", "rejected")} for record in files.read_jsonl(data)]
+    train.train_policy(toy_base, write_jsonl(tmp_path / "d.jsonl", plain), tmp_path / "p", recipe("policy"))
+    assert not any("p(original)" in row for row in log(tmp_path / "p"))
+
+
 def test_every_batch_is_compared_with_the_reference_of_its_own_examples(toy_base, data, tmp_path):
     """With a learning rate of next to nothing the policy stays the reference: all margins are zero."""
     train.train("generator", toy_base, data, tmp_path / "g", recipe("generator", lr=1e-12, batch_size=7))

@@ -1,0 +1,98 @@
+"""Everyday questions with one demand on the form of the answer, that a program checks.
+
+    python -m lab.form --out runs/form [--long 1] [--seed 0]
+
+This file is a grader (`--grader lab/form.py`), for real models: 1 if the demand is met, else 0. It
+does not judge what is said, but fewer than five different words are no answer (question and demand
+said again are not counted), and a word in quotation marks is mentioned, not used. A response that
+was cut off is judged as it stands.
+"""
+
+import random
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from lab import facts
+from plumbing import cli, files
+
+WORLD = cli.load_toml(Path(__file__).with_suffix(".toml"))
+KINDS = WORLD["kinds"]
+QUESTIONS = WORLD["questions"].strip().split("\n")
+HELDOUT = 20                # questions
+HELDOUT_TURNS = 7           # demands on each of them
+LEAST_WORDS = 5             # different ones, of an answer
+
+
+# ---- The grader ----------------------------------------------------------------------------------
+
+class Query(NamedTuple):
+    question: str
+    demand: str
+    kind: str
+    word: str               # or number; empty where the kind has none
+
+
+DEMANDS = {}                # text of a demand -> (kind, word)
+for kind in KINDS:
+    for word in KINDS[kind].get("words", [""]):
+        for demand in KINDS[kind]["ask"]:
+            DEMANDS[demand.format(word)] = kind, word
+
+
+def parse(text):
+    """The `Query` of a query's text; UserError if it is none of this world."""
+    question, mark, demand = text.strip().partition("? ")
+    question += mark.strip()
+    if question not in QUESTIONS or demand not in DEMANDS:
+        raise files.UserError(f"{text[:60]!r} is not a query of lab/form.toml")
+    return Query(question, demand, *DEMANDS[demand])
+
+
+def grade(query, response, finished=True):
+    """1 if a response is an answer and meets the demand, else 0."""
+    query = parse(query)
+    own = response.lower()
+    for given in (query.question, query.demand.rstrip(".")):
+        own = own.replace(given.lower(), "")
+    if len(set(own.split())) < LEAST_WORDS:
+        return 0.0
+    text = response.strip()
+    if query.word:
+        text = re.sub(rf"[\"'“]{query.word}\W?[\"'”]", "", text)     # mentioned, not used
+    kind = KINDS[query.kind]
+    found = re.findall(kind["pattern"].replace("{}", query.word), text)
+    number = {"n": query.word}
+    least, most = [float(number.get(times, times)) for times in kind["times"]]
+    return float(least <= len(found) <= most)
+
+
+# ---- The query files -----------------------------------------------------------------------------
+
+def combine(questions, turns, rng):
+    """Every question with a demand, and so in each turn; the kinds of demand take turns, too."""
+    texts = []
+    for turn in range(turns):
+        for number, question in enumerate(questions):
+            kind = list(KINDS)[(number + turn) % len(KINDS)]
+            demands = [demand for demand in DEMANDS if DEMANDS[demand][0] == kind]
+            texts.append(f"{question} {rng.choice(demands)}")
+    return texts
+
+
+def make_queries(seed=0):
+    """{"queries": texts, "heldout": texts}, no question in both; each hundred of the queries asks
+    every question once."""
+    rng = random.Random(seed)
+    questions = rng.sample(QUESTIONS, len(QUESTIONS))
+    return {"queries": combine(questions[HELDOUT:], len(KINDS), rng),
+            "heldout": combine(questions[:HELDOUT], HELDOUT_TURNS, rng)}
+
+
+def write(out, long: int = 0, seed: int = 0):
+    """Write the queries, those held out, and principles: short ones, or long."""
+    facts.write_world(out, WORLD, parse, make_queries(seed), long, seed)
+
+
+if __name__ == "__main__":
+    cli.run(__doc__, ("write", write, []))

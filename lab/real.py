@@ -1,0 +1,219 @@
+"""The method on real weights: SmolLM2, or any small chat model.
+
+    python -m lab.real base --model models/smollm2 --out runs/miniature/base
+    python -m lab.real arms --model runs/miniature/base --recipe lab/miniature.toml \
+        --out runs/miniature/1 --seed 1
+
+    python -m lab.real ways --model models/smollm2 --principles runs/facts/principles.jsonl \
+        --grader lab/facts.py --out runs/ways/facts
+
+`ways` compares ways of giving a principle to a model. `base` teaches a chat model the toy world's tasks and principles in plain English (a short supervised
+training), so that it follows principles as the toy's base does; this file is their grader. `arms` runs
+steps 1 to 4 from one model for PBAA, SSO, L+ alone and y+ over yo, and measures all of it: report.json
+has also the seconds, the tokens and the peak of memory of every step.
+"""
+
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import eval as evaluation
+import generate
+import sso
+import train
+from lab import toy
+from plumbing import cli, files
+from plumbing.chat import load_chat, micro_batches
+from plumbing.checkpoint import save_model
+from plumbing.tables import print_table
+
+RECIPE = cli.read_recipe(Path(__file__).with_name("miniature.toml"))
+WAYS = cli.load_toml(Path(__file__).with_name("ways.toml"))
+ARMS = {"PBAA": "policy", "SSO": "sso", "y+ over yo": "original", "L+ only": "plus"}
+
+
+# ---- The toy's texts as plain English ------------------------------------------------------------
+
+def english(text):
+    """A text of the toy world, where every sign is a word: "sort these words : fox axe"."""
+    text = re.sub(r" (?=[:.!])", "", text)
+    return text[:1].upper() + text[1:]
+
+
+def words(text):
+    """The toy's form of a text in English."""
+    return " ".join(re.findall(r"\w+|[:.!]", text.lower()))
+
+
+def grade(query, response, finished=True):
+    return toy.grade(words(query), words(response), finished)
+
+
+def make_chat(rng):
+    """(messages, answer): one of the toy base's training examples, in English."""
+    system, query, answer = toy.make_chat(rng)
+    principles = re.fullmatch("bad guideline (.*) ### good guideline (.*)", answer)
+    if principles:
+        form = RECIPE["prompts"]["principles"]
+        bad, good = map(english, principles.groups())
+        messages = sso.principle_messages(english(query), RECIPE["prompts"])
+        return messages, sso.fill(form["answer"], bad=bad, good=good)
+    messages = [{"role": "user", "content": english(query)}]
+    if system:
+        messages = [{"role": "system", "content": english(system)}] + messages
+    return messages, english(answer)
+
+
+def base(model, out: Path, chats: int = 1600, lr: float = 2e-4, batch_size: int = 16,
+         seed: int = 0):
+    """Teach a chat model the toy's tasks and principles: minus the log-prob of a token of the
+    answer."""
+    if (out / "config.json").exists():
+        print(f"{out}: complete")
+        return
+    chat = load_chat(model)
+    rng = random.Random(seed)
+    examples = []
+    for _ in range(chats):
+        messages, answer = make_chat(rng)
+        ids = sso.encode_response(chat.tokenizer, chat.end_id, sso.Response(answer, finished=True))
+        examples.append([sso.Pair(sso.encode_prompt(chat.tokenizer, messages), ids, ids[:1])])
+    optimizer = train.make_optimizer(chat.model, weight_decay=0.0)
+    batches = train.make_batches(chats, batch_size, 1, seed)
+    bar = tqdm(batches, desc=str(out))
+    for step, indices in enumerate(bar):
+        batch = [examples[i] for i in indices]
+        optimizer.zero_grad()
+        total = 0.0
+        for group in micro_batches(batch, 1024):
+            logps, tokens = chat.pair_logps(chat.model, [batch[i] for i in group], chat.pad_id)
+            loss = sso.sft_loss(logps[0], tokens[0]).sum() / len(batch)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(chat.model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, len(batches), lr, warmup=0.05)
+        optimizer.step()
+        bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
+    out.mkdir(parents=True, exist_ok=True)
+    save_model(chat, out)
+
+
+# ---- Costs of a step -----------------------------------------------------------------------------
+
+def peak_bytes():
+    """The most memory since the last call: of the card, or resident of this process."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")           # begins the peak anew
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+
+
+class Costs:
+    """Seconds, peak memory and sampled tokens of steps, kept in a file: a step that was complete
+    before takes no time, and its first costs stay."""
+
+    def __init__(self, path):
+        self.path, self.steps = Path(path), {}
+        if self.path.exists():
+            self.steps = json.loads(self.path.read_text())
+
+    def measure(self, name, step, *args, **options):
+        peak_bytes()
+        began = time.time()
+        step(*args, **options)
+        if name not in self.steps:
+            self.steps[name] = {"seconds": time.time() - began, "peak bytes": peak_bytes()}
+            files.write_text(self.path, json.dumps(self.steps, indent=1))
+
+
+# ---- The arms ------------------------------------------------------------------------------------
+
+def run_arm(name, model, folder, recipe, costs):
+    """Steps 3 and 4 of an arm. Returns the file of its policy's pairs and their objective."""
+    out, objective, pairs = folder / name, ARMS[name], folder / "responses.jsonl"
+    used_in = objective
+    if sso.trains_generator(objective):
+        used_in = "policy"
+        own = cli.change(recipe, generator={"objective": objective})
+        costs.measure(f"{name}: generator", train.train, "generator", model, pairs,
+                      out / "generator", own)
+        costs.measure(f"{name}: pairs", generate.responses, out / "generator", pairs,
+                      out / "pairs.jsonl", recipe, ("good", "bad"))
+        pairs = out / "pairs.jsonl"
+    own = cli.change(recipe, policy={"objective": used_in})
+    costs.measure(f"{name}: policy", train.train, "policy", model, pairs, out / "policy", own)
+    costs.measure(f"{name}: answers", generate.responses, out / "policy", folder / "heldout.jsonl",
+                  out / "answers.jsonl", recipe, ("original",))
+    return pairs, used_in
+
+
+def arms(model, recipe, out: Path, queries=None, heldout=None, principles=None, grader=__file__,
+         count: int = 160):
+    """Run the arms from one model: by default in the miniature, with `count` queries of each kind."""
+    out, seed, costs = Path(out), recipe["run"]["seed"], Costs(Path(out, "costs.json"))
+    if queries:
+        records, held = files.read_queries(queries), files.read_queries(heldout)
+        random.Random(seed).shuffle(records)
+    else:
+        records, held = toy.make_records(seed)
+        for record in records + held:
+            record["prompt"] = english(record["prompt"])
+    records, held = records[:count], held[:count]
+    files.write_text(out / "queries.jsonl", files.as_lines(records))
+    files.write_text(out / "heldout.jsonl", files.as_lines(held))
+    write = generate.written_principles if principles else generate.principles
+    costs.measure("principles", write, principles or model, out / "queries.jsonl",
+                  out / "principles.jsonl", recipe)
+    costs.measure("responses", generate.responses, model, out / "principles.jsonl",
+                  out / "responses.jsonl", recipe)
+    costs.measure("base: answers", generate.responses, model, out / "heldout.jsonl",
+                  out / "answers.jsonl", recipe, ("original",))
+    critic, _ = evaluation.load_critic(grader=grader)
+    answers, pairs = {"base": out / "answers.jsonl"}, {}
+    for name in ARMS:
+        pairs[name] = run_arm(name, model, out, recipe, costs)
+        answers[name] = out / name / "answers.jsonl"
+    rows = evaluation.measure_answers(answers, critic)
+    for name, (file, used_in) in pairs.items():
+        rows[name] |= evaluation.measure_pairs(file, model, critic, recipe, used_in)
+    settings = {stage: recipe[stage] for stage in ("run", "responses", "generator", "policy")}
+    files.write_text(out / "report.json", json.dumps(
+        {"rows": rows, "costs": costs.steps, "settings": settings, "model": str(model),
+         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}},
+        indent=1))
+    evaluation.print_report(rows)
+
+
+# ---- Ways of giving a principle ------------------------------------------------------------------
+
+def ways(model, principles, grader, recipe, out: Path, count: int = 100):
+    """Compare the ways of lab/ways.toml of giving a principle, on `count` queries with principles."""
+    seed = recipe["run"]["seed"]
+    records = random.Random(seed).sample(files.read_jsonl(principles), count)
+    drawn, critic, rows = Path(out, "principles.jsonl"), evaluation.load_critic(grader=grader)[0], {}
+    files.write_text(drawn, files.as_lines(records))
+    plain, policy = Path(out, "original.jsonl"), sso.PAIRS["policy"]["L"]
+    generate.responses(model, drawn, plain, recipe, ("original",))
+    for name, prompts in WAYS.items():
+        own = cli.change(recipe, prompts={role: recipe["prompts"][role] | prompts
+                                          for role in ("good", "bad")})
+        path = Path(out, f"{name}.jsonl")
+        generate.responses(model, plain, path, own, ("good", "bad"))
+        rows[name] = evaluation.measure_quality(files.read_jsonl(path), policy, critic)
+    files.write_text(Path(out, "report.json"), json.dumps({"rows": rows, "model": str(model)}, indent=1))
+    print_table(rows, ["y+", "yo", "y-", "accuracy", "y+ over yo"])
+
+
+if __name__ == "__main__":
+    cli.run(__doc__, ("base", base, []), ("ways", ways, ["responses"]),
+            ("arms", arms, ["principles", "responses", "generator", "policy"]))
