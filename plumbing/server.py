@@ -89,9 +89,10 @@ def read(completion, begun, end):
 
 def fault(server, error, messages):
     """A UserError of one line, without the key, which a server may repeat."""
-    status = getattr(error, "status_code", None)
-    what = " ".join(repr(error.__cause__ or error).replace(server.client.api_key, "...").split())
-    what = f"{what[:200]}, on {messages[-1]['content'][-60:]!r}"
+    status, cause = getattr(error, "status_code", None), error.__cause__     # a cause: no answer
+    what = " ".join(repr(cause or error).replace(server.client.api_key, "...").split())[:200]
+    if not cause:
+        what += f", on {messages[-1]['content'][-60:]!r}"
     if status in (401, 403):
         what = f"it wants a key that it knows, in the environment variable {KEY}"
     if status == 404:
