@@ -57,8 +57,10 @@ def ask(server, settings, end, messages, begun, seed):
     """One response, and its number of tokens."""
     options = {"model": server.model, "seed": seed, "temperature": settings["temperature"],
                "top_p": settings["top_p"], "max_tokens": settings["max_new_tokens"]}
-    if end and end not in begun:    # what begins anew would end before it comes to the new part
+    if end and end not in begun:
         options["stop"] = [end]
+    elif end:       # what begins anew would stop before the new part, and is longer by the old one
+        options["max_tokens"] *= 2
     ways = [(messages, FIELDS), (messages, {})]
     if begun:
         ways[0] = (messages + [{"role": "assistant", "content": begun}], CONTINUED)

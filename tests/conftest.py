@@ -64,7 +64,7 @@ def make_tokenizer(kind):
     return tokenizer
 
 
-def make_checkpoint(folder, kind, context=4096, **sampling):
+def make_checkpoint(folder, kind, context=8192, **sampling):
     """Save a tiny, randomly initialised chat model of a family with the sampling settings given."""
     config_class, model_class, _, specials = KINDS[kind]
     tokenizer = make_tokenizer(kind)

@@ -192,7 +192,8 @@ def test_a_begun_answer_is_gone_on_with(stub, large):
         request = by_prompt(stub)[begun]
         assert request["messages"][-1] == {"role": "assistant", "content": begun}
         assert (request["add_generation_prompt"], request["continue_final_message"]) == (False, True)
-        assert request.get("stop") == (["\n"] if begun != BEGUN else None)
+        expected = (["\n"], 9) if begun != BEGUN else (None, 18)
+        assert (request.get("stop"), request["max_tokens"]) == expected
 
 
 @needs_openai
