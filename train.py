@@ -154,7 +154,6 @@ def run_steps(chat, examples, ref_logps, watch, optimizer, settings, progress):
         grad_norm = torch.nn.utils.clip_grad_norm_(chat.model.parameters(), settings["clip"])
         row = {"step": progress.step, **summarize(parts, settings["objective"]),
                "grad_norm": grad_norm.item()}
-        row |= watch.look(progress.step)
         if progress.step == 0:      # where policy = reference, the loss is known beforehand
             tqdm.write(f"{progress.out}: {len(examples)} examples, {len(batches)} steps; "
                        f"{step_zero(row, settings)}")
@@ -166,6 +165,7 @@ def run_steps(chat, examples, ref_logps, watch, optimizer, settings, progress):
         with uninterrupted():
             optimizer.step()
             speed = parts["tokens"].sum().item() / (time.time() - began)
+            row |= watch.look(progress.step, len(batches))
             progress.log(row | {"lr": lr, "tokens_per_second": speed})
         bar.set_postfix_str(f"loss {row['loss']:.3f} margin {row['margin']:.3f}", refresh=False)
 

@@ -3,19 +3,20 @@
     python -m lab.real base --model models/smollm2 --out runs/miniature/base
     python -m lab.real arms --model runs/miniature/base --recipe lab/miniature.toml \
         --out runs/miniature/1 --seed 1
-
     python -m lab.real ways --model models/smollm2 --principles runs/facts/principles.jsonl \
         --grader lab/facts.py --out runs/ways/facts
 
-`ways` compares ways of giving a principle to a model. `base` teaches a chat model the toy world's tasks and principles in plain English (a short supervised
-training), so that it follows principles as the toy's base does; this file is their grader. `arms` runs
-steps 1 to 4 from one model for PBAA, SSO, L+ alone and y+ over yo, and measures all of it: report.json
-has also the seconds, the tokens and the peak of memory of every step.
+`base` teaches a chat model the toy world's tasks and principles in plain English (a short
+supervised training), so that it follows principles as the toy's base does; this file is their
+grader. `arms` runs steps 1 to 4 from one model for PBAA, SSO, y+ over yo and L+ alone, in a grid of
+learning rates if lists of them are given, and measures all of it; report.json has also what every
+step took: seconds, tokens a second, the peak of memory. `ways` compares ways of giving a principle.
 """
 
 import json
 import random
 import re
+import statistics
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ import sso
 import train
 from lab import toy
 from plumbing import cli, files
-from plumbing.chat import load_chat, micro_batches
+from plumbing.chat import device, load_chat, load_tokenizer, micro_batches
 from plumbing.checkpoint import save_model
 from plumbing.tables import print_table
 
@@ -119,8 +120,8 @@ def peak_bytes():
 
 
 class Costs:
-    """Seconds, peak memory and sampled tokens of steps, kept in a file: a step that was complete
-    before takes no time, and its first costs stay."""
+    """What steps took, kept in a file. A step that was complete before takes no time, and what it
+    took at first stays; of one that was interrupted, the costs are those of its end."""
 
     def __init__(self, path):
         self.path, self.steps = Path(path), {}
@@ -133,34 +134,68 @@ class Costs:
         step(*args, **options)
         if name not in self.steps:
             self.steps[name] = {"seconds": time.time() - began, "peak bytes": peak_bytes()}
-            files.write_text(self.path, json.dumps(self.steps, indent=1))
+            self.save()
+
+    def train(self, name, stage, model, data, out, recipe):
+        """Step 3 or 4; its speed is that of the median update, in tokens of responses."""
+        self.measure(name, train.train, stage, model, data, out, recipe)
+        speeds = [row["tokens_per_second"] for row in files.read_jsonl(out / "log.jsonl", needs=())]
+        self.steps[name]["tokens a second"] = statistics.median(speeds)
+        self.save()
+
+    def sample(self, name, model, data, out, recipe, roles):
+        """Responses of some roles; their speed is over all of the step, with loading the model."""
+        self.measure(name, generate.responses, model, data, out, recipe, roles)
+        tokenizer, tokens = load_tokenizer(model), 0
+        for record in files.read_jsonl(out):
+            for role in roles:
+                response = sso.record_response(record, role)
+                tokens += len(tokenizer(response.text).input_ids) + response.finished
+        self.steps[name]["tokens a second"] = tokens / self.steps[name]["seconds"]
+        self.save()
+
+    def save(self):
+        files.write_text(self.path, json.dumps(self.steps, indent=1))
 
 
 # ---- The arms ------------------------------------------------------------------------------------
 
-def run_arm(name, model, folder, recipe, costs):
-    """Steps 3 and 4 of an arm. Returns the file of its policy's pairs and their objective."""
-    out, objective, pairs = folder / name, ARMS[name], folder / "responses.jsonl"
-    used_in = objective
-    if sso.trains_generator(objective):
-        used_in = "policy"
-        own = cli.change(recipe, generator={"objective": objective})
-        costs.measure(f"{name}: generator", train.train, "generator", model, pairs,
-                      out / "generator", own)
-        costs.measure(f"{name}: pairs", generate.responses, out / "generator", pairs,
-                      out / "pairs.jsonl", recipe, ("good", "bad"))
-        pairs = out / "pairs.jsonl"
-    own = cli.change(recipe, policy={"objective": used_in})
-    costs.measure(f"{name}: policy", train.train, "policy", model, pairs, out / "policy", own)
-    costs.measure(f"{name}: answers", generate.responses, out / "policy", folder / "heldout.jsonl",
-                  out / "answers.jsonl", recipe, ("original",))
-    return pairs, used_in
+def make_pairs(arm, lr, model, folder, recipe, costs):
+    """Step 3 of an arm. Returns the file of its pairs, its generator's or the model's own, and the
+    objective that a policy is trained with on them."""
+    objective, responses = ARMS[arm], folder / "responses.jsonl"
+    if not sso.trains_generator(objective):
+        return responses, objective
+    out = folder / arm / f"generator {lr:g}"
+    own = cli.change(recipe, generator={"objective": objective, "lr": lr})
+    costs.train(f"{arm}: generator {lr:g}", "generator", model, responses, out, own)
+    pairs = out / "pairs.jsonl"
+    costs.sample(f"{arm}: pairs of {lr:g}", out, responses, pairs, recipe, ("good", "bad"))
+    return pairs, "policy"
 
 
-def arms(model, recipe, out: Path, queries=None, heldout=None, principles=None, grader=__file__,
-         count: int = 160):
-    """Run the arms from one model: by default in the miniature, with `count` queries of each kind."""
-    out, seed, costs = Path(out), recipe["run"]["seed"], Costs(Path(out, "costs.json"))
+def run_arm(arm, lrs, model, folder, recipe, costs):
+    """Steps 3 and 4 of an arm for all pairs of learning rates: yields a cell's name, its pairs,
+    their objective, and the folder of its policy, which has answers.jsonl."""
+    generator_lrs, policy_lrs = lrs
+    if not sso.trains_generator(ARMS[arm]):
+        generator_lrs = [None]
+    for generator_lr in generator_lrs:
+        pairs, objective = make_pairs(arm, generator_lr, model, folder, recipe, costs)
+        for lr in policy_lrs:
+            cell = f"policy {lr:g}"
+            if generator_lr:
+                cell = f"generator {generator_lr:g}, policy {lr:g}"
+            out = folder / arm / cell
+            own = cli.change(recipe, policy={"objective": objective, "lr": lr})
+            costs.train(f"{arm}, {cell}", "policy", model, pairs, out, own)
+            costs.sample(f"{arm}, {cell}: answers", out, folder / "heldout.jsonl",
+                         out / "answers.jsonl", recipe, ("original",))
+            yield f"{arm}, {cell}", pairs, objective, out
+
+
+def draw_queries(folder, queries, heldout, count, seed):
+    """Write `count` of the queries, and of those held out, of files or of the miniature."""
     if queries:
         records, held = files.read_queries(queries), files.read_queries(heldout)
         random.Random(seed).shuffle(records)
@@ -168,30 +203,56 @@ def arms(model, recipe, out: Path, queries=None, heldout=None, principles=None, 
         records, held = toy.make_records(seed)
         for record in records + held:
             record["prompt"] = english(record["prompt"])
-    records, held = records[:count], held[:count]
-    files.write_text(out / "queries.jsonl", files.as_lines(records))
-    files.write_text(out / "heldout.jsonl", files.as_lines(held))
+    files.write_text(folder / "queries.jsonl", files.as_lines(records[:count]))
+    files.write_text(folder / "heldout.jsonl", files.as_lines(held[:count]))
+
+
+def read_lrs(text, recipe, stage):
+    """The numbers of a list as "5e-6,2e-5"; without one, the recipe's."""
+    if not text:
+        return [recipe[stage]["lr"]]
+    return [float(lr) for lr in text.split(",")]
+
+
+def arms(model, recipe, out: Path, queries=None, heldout=None, principles=None, grader=__file__,
+         count: int = 160, generator_lrs="", policy_lrs="", names=",".join(ARMS)):
+    """Run the arms from one model: by default in the miniature, with `count` queries of each kind."""
+    out, seed, costs = Path(out), recipe["run"]["seed"], Costs(Path(out, "costs.json"))
+    critic, _ = evaluation.load_critic(grader=grader)
+    draw_queries(out, queries, heldout, count, seed)
     write = generate.written_principles if principles else generate.principles
     costs.measure("principles", write, principles or model, out / "queries.jsonl",
                   out / "principles.jsonl", recipe)
-    costs.measure("responses", generate.responses, model, out / "principles.jsonl",
-                  out / "responses.jsonl", recipe)
-    costs.measure("base: answers", generate.responses, model, out / "heldout.jsonl",
-                  out / "answers.jsonl", recipe, ("original",))
-    critic, _ = evaluation.load_critic(grader=grader)
-    answers, pairs = {"base": out / "answers.jsonl"}, {}
-    for name in ARMS:
-        pairs[name] = run_arm(name, model, out, recipe, costs)
-        answers[name] = out / name / "answers.jsonl"
-    rows = evaluation.measure_answers(answers, critic)
-    for name, (file, used_in) in pairs.items():
-        rows[name] |= evaluation.measure_pairs(file, model, critic, recipe, used_in)
-    settings = {stage: recipe[stage] for stage in ("run", "responses", "generator", "policy")}
-    files.write_text(out / "report.json", json.dumps(
-        {"rows": rows, "costs": costs.steps, "settings": settings, "model": str(model),
-         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}},
-        indent=1))
-    evaluation.print_report(rows)
+    costs.sample("responses", model, out / "principles.jsonl", out / "responses.jsonl", recipe,
+                 tuple(sso.COLUMNS))
+    costs.sample("base: answers", model, out / "heldout.jsonl", out / "answers.jsonl", recipe,
+                 ("original",))
+    lrs = read_lrs(generator_lrs, recipe, "generator"), read_lrs(policy_lrs, recipe, "policy")
+    answers, of_pairs, rows = {"base": out / "answers.jsonl"}, {}, {}
+    for arm in names.split(","):
+        for cell, pairs, objective, folder in run_arm(arm, lrs, model, out, recipe, costs):
+            key = (pairs, objective)
+            if key not in of_pairs:
+                of_pairs[key] = evaluation.measure_pairs(pairs, model, critic, recipe, objective)
+            last = files.read_jsonl(folder / "log.jsonl", needs=())[-1]
+            after = {name: last[name] for name in last if name.startswith("p(original)")}
+            rows[cell] = of_pairs[key] | {f"policy's {name}": after[name] for name in after}
+            answers[cell] = folder / "answers.jsonl"
+            write_report(out, model, recipe, costs, answers, rows, critic)
+    evaluation.print_report(json.loads((out / "report.json").read_text())["rows"])
+
+
+def write_report(out, model, recipe, costs, answers, rows, critic):
+    """Write report.json, of the cells that are complete."""
+    measures = evaluation.measure_answers(answers, critic)
+    for name in rows:
+        measures[name] |= rows[name]
+    stages = ("run", "principles", "responses", "generator", "policy")
+    report = {"rows": measures, "costs": costs.steps, "model": Path(model).name,
+              "settings": {stage: recipe[stage] for stage in stages},
+              "threads": torch.get_num_threads(), "device": str(device),
+              "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    files.write_text(out / "report.json", json.dumps(report, indent=1))
 
 
 # ---- Ways of giving a principle ------------------------------------------------------------------

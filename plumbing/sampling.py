@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
+from transformers import (ContinuousBatchingConfig, GenerationConfig, LogitsProcessor,
+                          LogitsProcessorList, StoppingCriteria)
 
 import sso
 from plumbing import server as servers
@@ -45,6 +46,26 @@ class EndText(StoppingCriteria):
         return torch.tensor([self.end in text.lstrip() for text in texts], device=input_ids.device)
 
 
+class TopP(LogitsProcessor):
+    """Temperature and top-p: the same tokens stay as in transformers, which sorts the vocabulary.
+    The `first` likeliest tokens nearly always hold the share top_p; where not, all are sorted."""
+
+    def __init__(self, temperature, top_p, first=512):
+        self.temperature, self.top_p, self.first = temperature, top_p, first
+
+    def __call__(self, input_ids, scores):                          # (N, V)
+        logps = (scores / self.temperature).log_softmax(-1)         # (N, V)
+        entries = scores.shape[1]
+        for count in (min(self.first, entries), entries):
+            likeliest, tokens = logps.topk(count)                   # (N, count), descending
+            upto = likeliest.exp().cumsum(-1)
+            if (upto[:, -1] >= self.top_p).all():
+                break
+        before = upto - likeliest.exp()
+        likeliest = likeliest.masked_fill(before >= self.top_p, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, likeliest)
+
+
 def decode_static(chat, prompts, seed, limit, options):
     """New ids of N prompts of token ids, all decoded together until the longest answer ends: N
     lists. What all prompts begin with, P tokens such as worked examples, is read but once."""
@@ -63,6 +84,10 @@ def decode_static(chat, prompts, seed, limit, options):
                            logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(prompts))
         options = options | {"past_key_values": cache}
+    if options["do_sample"] and options["top_p"] < 1:
+        top_p = TopP(options["temperature"], options["top_p"])
+        options = options | {"temperature": 1.0, "top_p": 1.0,
+                             "logits_processor": LogitsProcessorList([top_p])}
     torch.manual_seed(seed)
     output = chat.model.generate(input_ids=input_ids.to(device),
                                  attention_mask=attention_mask.to(device),

@@ -31,13 +31,14 @@ class Watch:
         logps, tokens = score(self.chat, self.examples, self.budget, name="p(original)")
         return (logps / tokens)[0, 0].exp().mean().item()
 
-    def look(self, step):
-        """What a step's line of the log has of it. Warns once half of it is gone."""
-        if not self.examples or step % STEPS:
+    def look(self, step, steps):
+        """What a step's line of the log has of it, after its update: every eighth's and the last's.
+        Warns as long as half of it is gone."""
+        if not self.examples or (step % STEPS and step < steps - 1):
             return {}
         now = self.probability()
         if now < self.before / 2:
             tqdm.write(f"warning: step {step}: p(original) fell from {self.before:.2f} to {now:.2f}: "
                        "the policy unlearns its own answers. Lower --lr, and see whether its pairs "
                        "are accurate (eval.py preflight)")
-        return {"p(original)": now}
+        return {"p(original)": now, "p(original) before": self.before}

@@ -26,7 +26,7 @@ from plumbing import cli, files, sampling
 from plumbing.chat import load_chat
 from plumbing.files import UserError
 from plumbing.principles import fault, with_principles
-from plumbing.sampling import load_sampler, sample
+from plumbing.sampling import TopP, load_sampler, sample
 
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12}
 CHATS = [[{"role": "user", "content": text}] for text in ("Hi", "Name a fruit that is not a plum, please.", "Why?")]
@@ -77,13 +77,30 @@ def test_a_response_ends_at_any_stop_id_and_only_then_is_finished(qwen3, monkeyp
 def test_the_sampling_settings_reach_generate(qwen3, monkeypatch):
     chat, seen = load_sampler(qwen3), []
     monkeypatch.setattr(chat.model, "generate", lambda input_ids, **options: seen.append(options) or input_ids)
-    for temperature, tokens in ((0.7, 30), (0.0, 10**9)):
-        sample(chat, CHATS, 0, {"temperature": temperature, "top_p": 0.8, "max_new_tokens": tokens})
+    for temperature, top_p, tokens in ((0.7, 1.0, 30), (0.7, 0.8, 30), (0.0, 0.8, 10**9)):
+        sample(chat, CHATS, 0, {"temperature": temperature, "top_p": top_p, "max_new_tokens": tokens})
     keys = ("do_sample", "temperature", "top_p", "top_k")
-    assert [tuple(options.get(key) for key in keys) for options in seen] == [(True, 0.7, 0.8, 0),
+    assert [tuple(options.get(key) for key in keys) for options in seen] == [(True, 0.7, 1.0, 0), (True, 1.0, 1.0, 0),
                                                                            (False, None, None, None)]
+    [own] = seen[1]["logits_processor"]                 # in the place of the temperature and top-p of transformers
+    assert (own.temperature, own.top_p) == (0.7, 0.8)
+    assert "logits_processor" not in seen[0] and "logits_processor" not in seen[2]
     longest = max(len(sso.encode_prompt(chat.tokenizer, messages)) for messages in CHATS)
-    assert [options["max_new_tokens"] for options in seen] == [30, chat.context - longest]   # never past the context
+    assert [options["max_new_tokens"] for options in seen] == [30, 30, chat.context - longest]      # never past it
+
+
+@pytest.mark.parametrize("first", [1, 40, 512])         # 1: all rows need the fallback
+@pytest.mark.parametrize("top_p", [0.1, 0.8, 0.999])
+def test_top_p_without_a_sort_keeps_what_transformers_keeps(top_p, first):
+    """On flat and on peaked rows, in one batch: some are covered by the likeliest tokens, others are not."""
+    scores = torch.randn(24, 300, generator=torch.Generator().manual_seed(0))
+    scores *= torch.tensor([0.02, 1.0, 8.0]).repeat(8)[:, None]
+    ours = TopP(0.7, top_p, first)(None, scores)
+    theirs = transformers.TopPLogitsWarper(top_p)(None, transformers.TemperatureLogitsWarper(0.7)(None, scores))
+    assert ours.isfinite().equal(theirs.isfinite())
+    torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1))
+    kept = theirs.isfinite().sum(1)
+    assert kept.min() < 4 and (kept.max() > 40 or top_p == 0.1)
 
 
 # transformers asks psutil for the memory of a CPU, and before 5.23 fails without it.
