@@ -159,13 +159,17 @@ def measure_quality(records, roles, critic):
 
 # ---- Preflight -----------------------------------------------------------------------------------
 
-# SSO takes for granted that y+ is better than y-, and yo not better than y+. Whether it is so depends
-# on the model, the queries, and how a principle is put to the model. To know takes minutes; a
-# training in vain takes a night.
+# SSO takes for granted that y+ is better than y-, and yo not better than y+. Whether it is so
+# depends on the model, the queries, and how a principle is put to the model. To know takes minutes;
+# a training in vain takes a night.
 
-CHANCE = """pairs at chance: y+ is not shown to be better than y-. No generator can mend that: it will tell them apart by their form. Put the principle another way ([prompts] of a recipe), take another model, or let a stronger one write the principles"""
-REVERSED = """yo is better than y+: L- pulls y- up to yo, so above y+, and step 4 then teaches the wrong way. Put the principle another way ([prompts] of a recipe), take another model, or let a stronger one write the principles"""
+CHANCE = ("pairs at chance: y+ is not shown to be better than y-. No generator can mend that: it "
+          "will tell them apart by their form")
+REVERSED = ("yo is better than y+: L- pulls y- up to yo, so above y+, and step 4 then teaches the "
+            "wrong way")
 STEERABLE = "steerable: y+ is better than y-, and yo is not shown to be better than y+"
+ADVICE = ("Put the principle another way ([prompts] of a recipe), take another model, or let a "
+          "stronger one write the principles")
 
 
 def verdict(measures):
@@ -175,9 +179,9 @@ def verdict(measures):
         return "whether y+ is better than y- is not known: give --grader or --judge"
     over_bad, over_original = measures["accuracy"], measures.get("y+ over yo")
     if over_bad["mean"] - 2 * over_bad["se"] <= 0.5:
-        return CHANCE
+        return f"{CHANCE}. {ADVICE}"
     if over_original and over_original["mean"] + 2 * over_original["se"] < 0.5:
-        return REVERSED
+        return f"{REVERSED}. {ADVICE}"
     return STEERABLE
 
 
@@ -189,8 +193,8 @@ def print_preflight(measures):
                         "words": measures.get(f"words of {symbol}")}
     rows["yo"]["y+ better"] = measures.get("y+ over yo")
     rows["y-"]["y+ better"] = measures.get("accuracy")
-    print(f"\nPreflight, {measures['pairs']} queries, mean ± standard error; y+ better: how often it "
-          "is\nbetter than the row's response, a tie a half\n")
+    print(f"\nPreflight, {measures['pairs']} queries, mean ± standard error; y+ better: how often "
+          "it is\nbetter than the row's response, a tie a half\n")
     print_table(rows, ["quality", "y+ better", "p under the policy", "words"])
     print(f"\n{verdict(measures)}.\n")
 

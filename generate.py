@@ -9,8 +9,8 @@
 Responses are a standard preference file (prompt, chosen, rejected as lists of messages) with more
 columns. A file is complete under its final name; an interrupted command, given again, continues it.
 
-Simpler than the paper's set-up: the model itself writes the principles, and a pair that is of no use
-is replaced by a fixed one.
+Simpler than the paper's set-up: the model itself writes the principles, and a pair that is of no
+use is replaced by a fixed one.
 """
 
 import random
@@ -53,7 +53,8 @@ def principles(model, queries, out, recipe, server=None):
     batch_size = sampling.batch_size(chat, settings)
     made = files.grow(out, records, make, batch_size, settings["seed"])
     faults = Counter(record["fallback"] for record in made if record["fallback"])
-    print(f"{out}: {len(made)} queries; with the fixed pair of principles: {dict(faults) or 'none'}")
+    print(f"{out}: {len(made)} queries; with the fixed pair of principles: "
+          f"{dict(faults) or 'none'}")
     for record in made[:3]:
         print(f"\n  query {record['prompt'][0]['content']}\n  good  {record['good_principle']}\n"
               f"  bad   {record['bad_principle']}")

@@ -84,7 +84,8 @@ def run_all(model, folders, out, recipe, objective, write_principles, judged_by)
 
 
 def measured(path, judged_by, inputs, recipe, measure):
-    """The measures in a JSON file: those of measure(critic, limit), unless they are there already."""
+    """The measures in a JSON file: those of measure(critic, limit), unless they are there
+    already."""
     output = files.Output(path, judged_by, inputs)
     if not output.is_current():
         critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])

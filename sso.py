@@ -36,11 +36,11 @@ import torch.nn.functional as F
 # A recipe may replace any of these texts. {query} and {principle} are filled in.
 PROMPTS = {
     # Asks for principles ("guidelines"). Worked examples, {query, bad, good} each (there are eight
-    # in recipes/paper.toml), are earlier turns of the conversation. The model goes on with an answer
-    # begun for it: after "Bad guideline:", and then after the bad one and "Good guideline:".
+    # in recipes/paper.toml), are earlier turns of the conversation. The model goes on with an
+    # answer begun for it: after "Bad guideline:", then after the bad one and "Good guideline:".
     "principles": {
-        "system": "For each query write two guidelines for an assistant that is going to answer it. "
-                  "Following the bad guideline must make the answer worse, following the good "
+        "system": "For each query write two guidelines for an assistant that is going to answer "
+                  "it. Following the bad guideline must make the answer worse, following the good "
                   "guideline must make it better. Both fit this one query, are comprehensive and "
                   "detailed, and are built alike.",
         "examples": [],

@@ -216,7 +216,8 @@ def read_lrs(text, recipe, stage):
 
 def arms(model, recipe, out: Path, queries=None, heldout=None, principles=None, grader=__file__,
          count: int = 160, generator_lrs="", policy_lrs="", names=",".join(ARMS)):
-    """Run the arms from one model: by default in the miniature, with `count` queries of each kind."""
+    """Run the arms from one model: by default in the miniature, with `count` queries of each
+    kind."""
     out, seed, costs = Path(out), recipe["run"]["seed"], Costs(Path(out, "costs.json"))
     critic, _ = evaluation.load_critic(grader=grader)
     draw_queries(out, queries, heldout, count, seed)
@@ -258,20 +259,24 @@ def write_report(out, model, recipe, costs, answers, rows, critic):
 # ---- Ways of giving a principle ------------------------------------------------------------------
 
 def ways(model, principles, grader, recipe, out: Path, count: int = 100):
-    """Compare the ways of lab/ways.toml of giving a principle, on `count` queries with principles."""
-    seed = recipe["run"]["seed"]
-    records = random.Random(seed).sample(files.read_jsonl(principles), count)
-    drawn, critic, rows = Path(out, "principles.jsonl"), evaluation.load_critic(grader=grader)[0], {}
+    """Compare the ways of lab/ways.toml of giving a principle, on `count` queries with
+    principles."""
+    records = files.read_jsonl(principles)
+    records = random.Random(recipe["run"]["seed"]).sample(records, count)
+    drawn, plain = Path(out, "principles.jsonl"), Path(out, "original.jsonl")
     files.write_text(drawn, files.as_lines(records))
-    plain, policy = Path(out, "original.jsonl"), sso.PAIRS["policy"]["L"]
+    critic, _ = evaluation.load_critic(grader=grader)
+    rows = {}
     generate.responses(model, drawn, plain, recipe, ("original",))
     for name, prompts in WAYS.items():
         own = cli.change(recipe, prompts={role: recipe["prompts"][role] | prompts
                                           for role in ("good", "bad")})
         path = Path(out, f"{name}.jsonl")
         generate.responses(model, plain, path, own, ("good", "bad"))
-        rows[name] = evaluation.measure_quality(files.read_jsonl(path), policy, critic)
-    files.write_text(Path(out, "report.json"), json.dumps({"rows": rows, "model": str(model)}, indent=1))
+        pairs = files.read_jsonl(path)
+        rows[name] = evaluation.measure_quality(pairs, sso.PAIRS["policy"]["L"], critic)
+    report = {"rows": rows, "model": Path(model).name, "seed": recipe["run"]["seed"]}
+    files.write_text(Path(out, "report.json"), json.dumps(report, indent=1))
     print_table(rows, ["y+", "yo", "y-", "accuracy", "y+ over yo"])
 
 

@@ -211,8 +211,8 @@ def texts_of(value):
 
 def make_tokenizer():
     """A word-level tokenizer over exactly the words of this world, with a ChatML template."""
-    texts = ["system user assistant", *CATEGORIES, *texts_of(WORLD), *texts_of(PROMPTS["principles"]),
-             PROMPTS["fallback_good"], PROMPTS["fallback_bad"]]
+    texts = ["system user assistant", *CATEGORIES, *texts_of(WORLD),
+             *texts_of(PROMPTS["principles"]), PROMPTS["fallback_good"], PROMPTS["fallback_bad"]]
     words = {word for text in texts for word in re.sub(r"{\w+}", " ", text).split()}
     vocab = {word: i for i, word in enumerate(SPECIALS + sorted(words))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))

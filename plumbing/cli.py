@@ -77,7 +77,20 @@ def read_recipe(path=None):
                 raise UserError(f"--recipe {path}: no [{section}]; there are {', '.join(recipe)}")
             update(recipe[section], given[section], f"--recipe {path}: [{section}]",
                    extra.get(section, ()))
+        check_principles(recipe["prompts"]["principles"], f"--recipe {path}")
     return recipe
+
+
+def check_principles(form, place):
+    """UserError if worked examples, or the form of an answer, are not what step 1 needs."""
+    for number, example in enumerate(form["examples"], 1):
+        if not isinstance(example, dict) or set(example) != {"query", "bad", "good"} or any(
+                not isinstance(text, str) for text in example.values()):
+            raise UserError(f"{place}: [[prompts.principles.examples]] number {number} is not of "
+                            "three texts: query, bad, good")
+    if not 0 <= form["answer"].find("{bad}") < form["answer"].find("{good}") or not form["end"]:
+        raise UserError(f"{place}: [prompts.principles]: answer has to hold {{bad}} and behind it "
+                        "{good}, and end a text")
 
 
 def change(recipe, **sections):

@@ -168,9 +168,9 @@ def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=
 
 
 def read_responses(path, records, role, chat, max_length, prompts=sso.PROMPTS):
-    """The responses of a role as examples whose log-probs are to be measured, each one pair of token
-    ids under the plain prompt, with a loser of one token, which costs nothing. One without any token
-    is left out."""
+    """The responses of a role as examples whose log-probs are to be measured, each one pair of
+    token ids under the plain prompt, with a loser of one token, which costs nothing. One without
+    any token is left out."""
     examples = []
     for number, record in enumerate(records, 1):
         if sso.COLUMNS[role] not in record:

@@ -73,8 +73,8 @@ def token_bytes(chat, width, recompute):
     layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     queries = heads * (getattr(config, "head_dim", None) or hidden // heads)
-    # Two norms keep three tensors each; attention q, k, v, before and behind norms of their own, its
-    # result and a row of the mask; the MLP four.
+    # Two norms keep three tensors each; attention q, k, v, before and behind norms of their own,
+    # its result and a row of the mask; the MLP four.
     layer = 4 * (6 * hidden + 8 * queries + 4 * inner + width)
     kept = layers * layer
     if recompute:

@@ -1,5 +1,5 @@
-"""Step 1 in two stages, without a parser: the model goes on with an answer that is begun for it, first
-with the bad principle, then with the good one. The form is `sso.PROMPTS["principles"]`."""
+"""Step 1 in two stages, without a parser: the model goes on with an answer that is begun for it,
+first with the bad principle, then with the good one. The form is `sso.PROMPTS["principles"]`."""
 
 import re
 

@@ -35,8 +35,8 @@ def load_sampler(path, server=None):
 
 
 class EndText(StoppingCriteria):
-    """Ends a row once what is new of it holds a text. (The stop_strings of transformers fail on some
-    tokenizers.)"""
+    """Ends a row once what is new of it holds a text. (The stop_strings of transformers fail on
+    some tokenizers.)"""
 
     def __init__(self, tokenizer, width, end):
         self.tokenizer, self.width, self.end = tokenizer, width, end

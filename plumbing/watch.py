@@ -38,7 +38,7 @@ class Watch:
             return {}
         now = self.probability()
         if now < self.before / 2:
-            tqdm.write(f"warning: step {step}: p(original) fell from {self.before:.2f} to {now:.2f}: "
-                       "the policy unlearns its own answers. Lower --lr, and see whether its pairs "
-                       "are accurate (eval.py preflight)")
+            tqdm.write(f"warning: step {step}: p(original) fell from {self.before:.2f} to "
+                       f"{now:.2f}: the policy unlearns its own answers. Lower --lr, and see "
+                       "whether its pairs are accurate (eval.py preflight)")
         return {"p(original)": now, "p(original) before": self.before}
