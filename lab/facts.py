@@ -1,6 +1,6 @@
 """Short facts with one right answer: queries, principles by hand, and a program that grades.
 
-    python -m lab.facts --out runs/facts [--long 1] [--seed 0]
+    python -m lab.facts --out runs/facts [--count 128] [--long 1] [--seed 0]
 
 This file is a grader (`--grader lab/facts.py`), for real models: an answer is right (1) or wrong
 (0). Its rule: of the candidates, which are the answers to all queries of a kind and some decoys, an
@@ -117,13 +117,15 @@ def write_principles(text, world, kind, long, seed):
     return record
 
 
-def write_world(out, world, parse, texts, long, seed):
-    """Write queries.jsonl and heldout.jsonl, of `texts`, and principles.jsonl for both."""
+def write_world(out, world, parse, texts, count, long, seed):
+    """Write queries.jsonl and heldout.jsonl, of `count` texts each, and principles.jsonl for
+    both."""
     principles = []
     for name in texts:
-        for text in texts[name]:
+        chosen = texts[name][:count]
+        for text in chosen:
             principles.append(write_principles(text, world, parse(text).kind, long, seed))
-        records = [{"prompt": text} for text in texts[name]]
+        records = [{"prompt": text} for text in chosen]
         files.write_text(f"{out}/{name}.jsonl", files.as_lines(records))
     files.write_text(f"{out}/principles.jsonl", files.as_lines(principles))
 
@@ -147,9 +149,9 @@ def make_queries(seed=0):
     return {"queries": queries, "heldout": [ask(fact, i) for i, fact in enumerate(held)]}
 
 
-def write(out, long: int = 0, seed: int = 0):
-    """Write the queries, those held out, and principles: short ones, or long."""
-    write_world(out, WORLD, parse, make_queries(seed), long, seed)
+def write(out, count: int = 10**6, long: int = 0, seed: int = 0):
+    """Write `count` queries, as many held out, or all, and principles: short ones, or long."""
+    write_world(out, WORLD, parse, make_queries(seed), count, long, seed)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Everyday questions with one demand on the form of the answer, that a program checks.
 
-    python -m lab.form --out runs/form [--long 1] [--seed 0]
+    python -m lab.form --out runs/form [--count 128] [--long 1] [--seed 0]
 
 This file is a grader (`--grader lab/form.py`), for real models: 1 if the demand is met, else 0. It
 does not judge what is said, but fewer than five different words are no answer (question and demand
@@ -89,9 +89,9 @@ def make_queries(seed=0):
             "heldout": combine(questions[:HELDOUT], HELDOUT_TURNS, rng)}
 
 
-def write(out, long: int = 0, seed: int = 0):
-    """Write the queries, those held out, and principles: short ones, or long."""
-    facts.write_world(out, WORLD, parse, make_queries(seed), long, seed)
+def write(out, count: int = 10**6, long: int = 0, seed: int = 0):
+    """Write `count` queries, as many held out, or all, and principles: short ones, or long."""
+    facts.write_world(out, WORLD, parse, make_queries(seed), count, long, seed)
 
 
 if __name__ == "__main__":

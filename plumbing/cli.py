@@ -149,6 +149,7 @@ HELP = {        # of flags that are no settings: the parameters of commands
     "plot": "picture to draw, too (needs matplotlib)",
     "world": "of lab/toy.toml",
     "long": "1: principles of 30 to 60 words (0)", "seed": "of what is drawn",
+    "count": "at most so many queries, and so many held out",
     "files": "JSONL", "folders": "of runs of run.py",
 }
 SEVERAL = ("files", "folders", "roles")

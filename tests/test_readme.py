@@ -91,14 +91,19 @@ def test_every_other_command_of_the_readme(toy_base, qwen3, small_study, tmp_pat
     for folder in ("data", "recipes", "lab"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     write_jsonl(tmp_path / "data/queries.jsonl", files.read_jsonl(ROOT / "data/queries.jsonl")[:12])
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in "abcdefgh"]
+    write_jsonl(tmp_path / "data/ultrafeedback.jsonl",      # what the command above it writes
+                [{"chosen": chat, "rejected": chat[:1] + chats[0][1:]} for chat in chats[1:]])
+    shutil.copytree(qwen3, tmp_path / "models/smollm2")
     run_here("python run.py", monkeypatch)
     ran = []
     for line in COMMANDS:
         if line.startswith((SETUP, "pip ")):
             continue
         line = line.replace("Qwen/Qwen2.5-0.5B-Instruct", str(qwen3))
-        line = line.replace("--seeds 5", "--seeds 1").replace("--rounds 6", "--rounds 1")
-        line += f" {SMALL}" if line.startswith(f"python run.py --model {qwen3}") else ""
+        line = line.replace("--seeds 5", "--seeds 1").replace("--rounds 6", "--rounds 1").replace("128", "8")
+        if line.startswith((f"python run.py --model {qwen3}", "python run.py --model models/smollm2")):
+            line += f" {SMALL}"
         try:
             run_here(line, monkeypatch)
         except SystemExit as end:              # matplotlib is optional
