@@ -9,7 +9,6 @@ It reads files and samples nothing. Who says what is better is a critic: a grade
 with grade(query, response, finished), 0 to 1; or a judge, a chat model that compares two outputs.
 """
 
-import json
 import random
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import sso
 from plumbing import cli
 from plumbing.chat import load_chat, score
-from plumbing.files import UserError, read_jsonl, read_responses
+from plumbing.files import UserError, read_json, read_jsonl, read_responses
 from plumbing.server import judge_by_text, load_server
 from plumbing.tables import print_table, stat
 
@@ -263,7 +262,7 @@ def report(folders):
         path = Path(folder, "report.json")
         if not path.exists():
             raise UserError(f"{path}: no such file; `python run.py --out {folder}` writes it")
-        print_report(json.loads(path.read_text(encoding="utf-8")))
+        print_report(read_json(path))
 
 
 def print_report(rows):

@@ -36,6 +36,7 @@ def principles(model, queries, out, recipe, server=None):
         print(f"{out}: complete")
         return
     chat = load_sampler(model, server)
+    sampling.check_words(chat, records, queries)
     output.write_note()
 
     def make(batch, seed):

@@ -91,7 +91,7 @@ def measured(path, judged_by, inputs, recipe, measure):
         critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])
         files.write_text(path, json.dumps(measure(critic, limit), indent=1))
         output.write_note()
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return files.read_json(path)
 
 
 def preflight(pairs, policy, recipe, judged_by):
@@ -119,6 +119,7 @@ def report(out, policies, pairs, recipe, judged_by):
         return rows
 
     inputs = {f"policy {name}": policy for name, policy in policies.items()}
+    inputs["heldout"] = out / "heldout.jsonl"
     measured(out / "report.json", judged_by, inputs, recipe, measure)
     evaluation.report([out])
 

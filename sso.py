@@ -182,8 +182,9 @@ def role_messages(role, record, prompts=PROMPTS):
 def judge_messages(query, m, M, prompts=PROMPTS):
     """Chat messages that ask which of two outputs, called "m" and "M", is better (Table 9)."""
     texts = {"query": query, "m": m, "M": M}
-    for name, text in texts.items():        # as JSON, so that no text can end its own field
-        texts[name] = json.dumps(text, ensure_ascii=False)
+    for name, text in texts.items():        # as JSON, so that no text can end its own field, and
+        text = json.dumps(text, ensure_ascii=False)     # none can write <|im_end|> or [INST]
+        texts[name] = text.replace("<", "\\u003c").replace("[", "\\u005b")
     return [{"role": "system", "content": prompts["judge"]["system"]},
             {"role": "user", "content": fill(prompts["judge"]["user"], **texts)}]
 
@@ -219,8 +220,6 @@ def encode_response(tokenizer, end_id, response):
     """Token ids of a response. One end-of-turn token closes a finished one, and is trained like any
     other; one that was cut off has none."""
     ids = tokenizer(response.text, add_special_tokens=False).input_ids
-    while ids and ids[-1] == end_id:        # a file of another tool may carry the token in its text
-        ids = ids[:-1]
     if response.finished:
         ids = ids + [end_id]
     return ids

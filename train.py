@@ -15,6 +15,7 @@ reference is scored once, before the first update, and no second model is kept.
 import math
 import random
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,8 @@ from tqdm import tqdm
 import sso
 from plumbing import cli, files, memory
 from plumbing.chat import autocast, load_chat, micro_batches, score, spare
-from plumbing.checkpoint import Progress, check_space, save_model, uninterrupted
+from plumbing.checkpoint import Progress, check_space, save_model
+from plumbing.guard import uninterrupted
 from plumbing.watch import Watch
 
 
@@ -177,12 +179,12 @@ def step_zero(row, settings):
     return f"L_base at step zero: {row['base']:.4f}{known.get(settings['base_loss'], '')}"
 
 
-def train_generator(model, data, out, recipe):
+def train_generator(model, data, out: Path, recipe):
     """Step 3: train the data generator on responses."""
     train("generator", model, data, out, recipe)
 
 
-def train_policy(model, data, out, recipe):
+def train_policy(model, data, out: Path, recipe):
     """Step 4: train the policy on pairs."""
     train("policy", model, data, out, recipe)
 

@@ -8,6 +8,7 @@ What is written is an ordinary `AutoModelForSequenceClassification` folder. Of a
 """
 
 import random
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,9 @@ from transformers import AutoModelForSequenceClassification
 
 from plumbing import cli, fast, memory
 from plumbing.chat import autocast, load_chat, micro_batches, score, spare
-from plumbing.checkpoint import Progress, check_space, save_model, uninterrupted
+from plumbing.checkpoint import Progress, check_space, save_model
 from plumbing.files import Output, UserError, encode_record, read_examples, read_jsonl
+from plumbing.guard import uninterrupted
 from plumbing.tables import print_table, stat
 from train import learning_rate, make_batches, make_optimizer
 
@@ -69,7 +71,7 @@ def read_all(paths, chat, settings):
     return examples[:settings["examples"]]
 
 
-def train_reward(files, model, out, recipe):
+def train_reward(files, model, out: Path, recipe):
     """Train a reward model on preference files."""
     settings = cli.stage_settings(recipe, "reward")
     inputs = {f"data {number}": path for number, path in enumerate(files)}

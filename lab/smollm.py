@@ -34,7 +34,7 @@ def weights_folder():
 
 def make(out: Path):
     """Write SmolLM2-135M-Instruct as a checkpoint folder, unless it is there."""
-    if Path(out).exists():
+    if Path(out, "config.json").exists():
         print(f"{out}: complete")
         return
     folder = weights_folder()

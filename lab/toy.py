@@ -302,9 +302,13 @@ def build(out, seed=0, steps=STEPS, batch_size=64):
 
 
 def build_once(out, seed: int = 0, steps: int = STEPS):
-    """Train the base model from scratch, unless it is there."""
+    """Train the base model from scratch, unless it is there. UserError if another one is."""
+    output = files.Output(out, {"seed": seed, "steps": steps}, {}, folder=True)
     if not os.path.exists(out):
         build(out, seed, steps)
+        output.write_note()
+    if output.note_path.exists():
+        output.is_complete()
 
 
 def make_queries(seed=0, rounds=1):

@@ -90,7 +90,7 @@ def make_trainer(chat, rows, config, settings):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
             return self.lr_scheduler
 
-    return Trainer(chat.model, args=config, train_dataset=rows, processing_class=chat.tokenizer,
+    return Trainer(chat.model, args=config, train_dataset=rows, processing_class=chat.tokenizer.tokenizer,
                    data_collator=DataCollatorForPreference(chat.pad_id))
 
 
@@ -142,12 +142,12 @@ def write_log(history, path):
     files.write_text(path, files.as_lines(lines))
 
 
-def trl_train_generator(model, data, out, recipe):
+def trl_train_generator(model, data, out: Path, recipe):
     """Step 3: train the data generator on responses."""
     trl_train("generator", model, data, out, recipe)
 
 
-def trl_train_policy(model, data, out, recipe):
+def trl_train_policy(model, data, out: Path, recipe):
     """Step 4: train the policy on pairs."""
     trl_train("policy", model, data, out, recipe)
 

@@ -4,18 +4,22 @@ precision, read many examples without gradient."""
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-import jinja2
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          GenerationConfig)
 from transformers.utils import logging
 
 import sso
 from plumbing import fast, memory
 from plumbing.files import UserError
+from plumbing.plaintext import PlainText, special_tokens
 
 logging.disable_progress_bar()
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SYSTEM = ("a system message carries principles: use a model that has one, or give it a template "
+          "that puts it before the user's text")
+FRESH = {AutoModelForSequenceClassification: ("score",)}    # the head of a reward model to be
 
 
 class Chat(NamedTuple):
@@ -31,9 +35,9 @@ class Chat(NamedTuple):
 def load_tokenizer(path):
     """The tokenizer of a chat model. UserError if there is none, or it cannot take a principle."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:                  # of many kinds, as the file is broken
+        reason = first_line(error)
         if Path(path).is_dir():
             raise UserError(f"model {path}: not a checkpoint folder ({reason})") from None
         raise UserError(
@@ -42,26 +46,36 @@ def load_tokenizer(path):
             f"name that folder ({reason})") from None
     if tokenizer.chat_template is None:
         raise UserError(f"model {path}: it has no chat template; use a chat (instruct) model")
+    tokenizer = PlainText(tokenizer)
     messages = [{"role": "system", "content": "zebra"}, {"role": "user", "content": "q"}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except jinja2.TemplateError:
-        text = ""
+        begun = tokenizer.apply_chat_template(messages[1:], tokenize=False, enable_thinking=False,
+                                              add_generation_prompt=True)
+    except UserError as error:
+        raise UserError(f"model {path}: {error}; {SYSTEM}") from None
     if "zebra" not in text:
-        raise UserError(f"model {path}: its chat template has no system message, which carries "
-                        "principles. Use a model that has one, or give it a template that puts it "
-                        "before the user's text")
+        raise UserError(f"model {path}: its chat template has no system message; {SYSTEM}")
+    if begun.count("<think>") > begun.count("</think>"):
+        raise UserError(f"model {path}: its chat template leaves <think> open before an answer; use "
+                        "a model that can be told not to think")
     return tokenizer
 
 
-def end_of_turn_id(tokenizer, stop_ids):
-    """The id that closes an assistant turn in the template: the first stop id after its content."""
+def end_of_turn_id(path, tokenizer):
+    """The id that closes an assistant turn in the template: the first special one after its
+    content."""
     turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "zebra"}]
     tail = tokenizer.apply_chat_template(turn, tokenize=False).rsplit("zebra", 1)[-1]
-    for token in tokenizer(tail, add_special_tokens=False).input_ids:
-        if token in stop_ids:
-            return token
-    return tokenizer.eos_token_id
+    specials = special_tokens(tokenizer)
+    for found in tokenizer.specials.findall(tail):
+        return specials[found]
+    raise UserError(f"model {path}: its chat template closes an answer with no special token, so "
+                    "that no answer would end; use a chat (instruct) model")
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def stop_ids_of(model, tokenizer):
@@ -97,18 +111,23 @@ def load_chat(path, dtype=torch.float32, auto_class=AutoModelForCausalLM, **opti
     tokenizer = load_tokenizer(path)
     try:
         memory.check_weights(path, dtype.itemsize, auto_class, **options)
-        model = auto_class.from_pretrained(path, dtype=dtype, **options).to(device).eval()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model {path}: it cannot be loaded ({reason})") from None
+        model, report = auto_class.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True, **options)
+    except Exception as error:                  # of many kinds, as the file is broken
+        if memory.ran_out(error):
+            raise
+        raise UserError(f"model {path}: it cannot be loaded ({first_line(error)})") from None
+    check_weights(path, model, report, fresh=FRESH.get(auto_class, ()))
+    model = model.to(device).eval()
     if model.num_parameters() < 2**20:
         # Tensors this small gain little from a second thread, and lose a factor of dozens when
         # another program runs on its core.
         torch.set_num_threads(1)
     if device.type == "cuda":
         print(f"{path}: on {torch.cuda.get_device_name()}, matrix products in {precision()}")
-    stop_ids = stop_ids_of(model, tokenizer)
-    end_id = end_of_turn_id(tokenizer, stop_ids)
+    end_id = end_of_turn_id(path, tokenizer)
+    stop_ids = sorted({end_id, *stop_ids_of(model, tokenizer)})
     # Padding is always masked; but it must not be an end of turn, off which a reward is read.
     candidates = [i for i in (tokenizer.pad_token_id, *stop_ids, 0, 1) if i not in (None, end_id)]
     pair_logps = fast.pair_logps
@@ -118,6 +137,19 @@ def load_chat(path, dtype=torch.float32, auto_class=AutoModelForCausalLM, **opti
         pair_logps = sso.pair_logps
     return Chat(model, tokenizer, stop_ids, end_id, candidates[0], context_of(model.config),
                 pair_logps)
+
+
+def check_weights(path, model, report, fresh):
+    """UserError if transformers had to invent weights, but for those of `fresh` modules, or if some
+    are no numbers."""
+    invented = [name for name in report["missing_keys"] if name.split(".")[0] not in fresh]
+    invented += [str(name) for name in report["mismatched_keys"]]
+    if invented:
+        raise UserError(f"model {path}: its files lack {len(invented)} tensors of the model, such "
+                        f"as {invented[0]}; they would be random")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"model {path}: {name} has weights that are NaN or infinite")
 
 
 def spare(model, settings):

@@ -1,33 +1,24 @@
 """A training that can be interrupted at any moment and continued to the same weights."""
 
-import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
-import signal
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
 
-from plumbing.chat import device
+from plumbing.chat import device, first_line
 from plumbing.files import UserError, write_text
+from plumbing.guard import uninterrupted
+from plumbing.plaintext import PlainText
 
 SAVE_SECONDS = 600      # between checkpoints
-
-
-@contextlib.contextmanager
-def uninterrupted():
-    """Hold Ctrl-C back until the end of the block, so that it is done wholly or not at all."""
-    held = []
-    before = signal.signal(signal.SIGINT, lambda *_: held.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if held:
-        raise KeyboardInterrupt
+PROBE = "Two  words, été 12,345: <b>\n\n\tZwölf Äpfel; 漢字 🙂 don't"
 
 
 def check_space(out, model):
@@ -41,12 +32,20 @@ def check_space(out, model):
 
 
 def save_model(chat, out):
-    """Save a `from_pretrained` folder, which transformers 4 reads as well."""
+    """Save a `from_pretrained` folder, which transformers 4 reads as well. UserError if its last
+    update has spoiled it."""
+    if not all(parameter.isfinite().all() for parameter in chat.model.parameters()):
+        raise UserError(f"{out}: the last update made weights NaN or infinite; nothing is saved. Try "
+                        "a lower --lr, in another --out")
     staging = Path(out, "saving")
     shutil.rmtree(staging, ignore_errors=True)
     chat.model.save_pretrained(staging)
     chat.tokenizer.save_pretrained(staging)
     publish(staging)
+    saved = PlainText(AutoTokenizer.from_pretrained(out, trust_remote_code=False))
+    if saved(PROBE).input_ids != chat.tokenizer(PROBE).input_ids:
+        tqdm.write(f"warning: {out}: its tokenizer, saved and loaded, does not read texts as before; "
+                   "copy the tokenizer files of the model that was trained into it")
 
 
 def publish(staging):
@@ -96,10 +95,15 @@ class Progress:
         self.step, self.saved = 0, time.time()
         self.checkpoint, self.log_file = self.out / "checkpoint.pt", self.out / "log.jsonl"
         if self.checkpoint.exists():
-            state = torch.load(self.checkpoint, map_location=device)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
+            try:
+                state = torch.load(self.checkpoint, map_location=device)
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                self.step = state["step"]
+            except (RuntimeError, OSError, ValueError, LookupError, TypeError, EOFError,
+                    pickle.UnpicklingError) as error:
+                raise UserError(f"{self.checkpoint}: not a checkpoint of this training "
+                                f"({first_line(error)}); delete it to begin anew") from None
         lines = []
         if self.log_file.exists():          # it may be ahead of the checkpoint
             lines = self.log_file.read_text().split("\n")[:self.step]

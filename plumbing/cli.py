@@ -5,6 +5,7 @@ is the help of the setting's flag.
 """
 
 import argparse
+import contextlib
 import copy
 import inspect
 import math
@@ -14,11 +15,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 import sso
-from plumbing import memory
 from plumbing.files import UserError
+from plumbing.guard import guarded, locked
 
 PAPER = Path(__file__).parent.parent / "recipes" / "paper.toml"
 CHOICES = {"objective": sso.PAIRS, "base_loss": sso.BASE_LOSSES, "roles": sso.COLUMNS}
@@ -118,7 +117,7 @@ def stage_settings(recipe, stage):
         least, most = BOUNDS.get(key, (least, math.inf))
         if key == "seed":
             least, most = 0, 2**40
-        if not least <= value <= most:
+        if not least <= value <= most or math.isinf(value):
             raise UserError(f"{flag} is not between {least} and {most}")
     return settings
 
@@ -153,6 +152,8 @@ HELP = {        # of flags that are no settings: the parameters of commands
     "files": "JSONL", "folders": "of runs of run.py",
 }
 SEVERAL = ("files", "folders", "roles")
+FLAG_BOUNDS = {"seed": (0, 2**40), "long": (0, 1), "memory": (0, 1), "answers": (0, 10**9),
+               "rounds": (0, 1000)}     # of flags that are no settings; the others as settings
 
 
 def comments():
@@ -210,8 +211,8 @@ def add_flag(parser, parameter):
 
 def main(description, *commands, without_model=None):
     """Run a script. A command is (name, function, stages of the recipe whose settings are flags);
-    the function's parameters are its flags. One that stands alone needs no name on the command
-    line."""
+    the function's parameters are its flags; `out: Path` is a folder. One that stands alone needs no
+    name on the command line."""
     recipe = recipe_of_command_line(without_model)
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawTextHelpFormatter)
@@ -227,15 +228,30 @@ def main(description, *commands, without_model=None):
                 add_settings(command, recipe, stages)
             else:
                 add_flag(command, parameter)
+        command.add_argument("--debug", action="store_true", help="show where an error came from")
         command.set_defaults(function=function)
     args = vars(parser.parse_args())
     function = args.pop("function")
+    args.pop("debug")
     for name in [name for name in args if "." in name]:
         section, key = name.split(".")
         recipe[section][key] = args.pop(name)
+    check_numbers(args)
     if "recipe" in args:
         args["recipe"] = recipe
-    function(**args)
+    with contextlib.ExitStack() as lock:
+        if "out" in args:
+            annotation = inspect.signature(function).parameters["out"].annotation
+            lock.enter_context(locked(args["out"], is_folder=annotation is Path))
+        function(**args)
+
+
+def check_numbers(args):
+    """UserError if a number that is no setting is out of its range."""
+    for name, value in args.items():
+        least, most = FLAG_BOUNDS.get(name, (1 if isinstance(value, int) else 1e-12, 10**9))
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not between {least} and {most}")
 
 
 # ---- A grader ------------------------------------------------------------------------------------
@@ -264,21 +280,7 @@ def load_grader(path):
     return grade
 
 
-# ---- Errors --------------------------------------------------------------------------------------
-
 def run(description, *commands, without_model=None):
-    """`main`, but bad input, a full disk and Ctrl-C end in one line and a code that is not zero."""
-    try:
+    """`main`, but what goes wrong ends in one line and a code that is not zero."""
+    with guarded("--debug" in sys.argv):
         main(description, *commands, without_model=without_model)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except (RuntimeError, MemoryError) as error:
-        if not memory.ran_out(error):
-            raise
-        sys.exit(f"error: {error}; lower --micro-batch-tokens (training), --batch-size (sampling)")
-    except (OSError, SafetensorError) as error:
-        if "No space" in str(error):
-            sys.exit(f"error: {error}; what was finished is kept, the same command continues")
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command continues where it stopped")

@@ -5,6 +5,7 @@ records grows it is called OUT.partial. OUT.args.json, or args.json in a folder,
 and the inputs that an output is made from: a command with others refuses to touch it.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +17,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import sso
+
+
+ROLES = ("system", "user", "assistant")
 
 
 class UserError(ValueError):
@@ -46,7 +50,7 @@ def parse_record(line, needs):
     try:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()         # fails on half a surrogate pair
-    except ValueError as error:                                 # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:               # not UTF-8, or not JSON
         raise ValueError(f"not a JSON object ({error}); one a line is expected") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object; one a line is expected")
@@ -55,6 +59,9 @@ def parse_record(line, needs):
     for column in ("prompt", *sso.COLUMNS.values()):
         if column in record:
             record[column] = as_messages(column, record[column])
+        finished = record.get(f"{column}_finished", True)
+        if not isinstance(finished, bool):
+            raise ValueError(f"'{column}_finished' is {finished!r}: it is true or false")
     for key in needs:
         value = record.get(key)
         has_messages = isinstance(value, list) and key in ("prompt", *sso.COLUMNS.values())
@@ -87,16 +94,29 @@ def as_messages(column, value):
         texts = isinstance(message, dict) and [message.get("role"), message.get("content")]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{column!r} is neither a text nor a list of messages")
+        if message["role"] not in ROLES:
+            raise ValueError(f"{column!r} has a message of role {message['role']!r}; known are "
+                             f"{', '.join(ROLES)}")
+    last = value[-1]
+    if column == "prompt" and not last["content"].strip():
+        raise ValueError("the last message of 'prompt' is empty")
+    if column != "prompt" and last["role"] != "assistant":
+        raise ValueError(f"the last message of {column!r} is of the {last['role']}; a response is "
+                         "the assistant's")
     return value
 
 
 def read_queries(path):
-    """The records of a file of queries: each prompt is one message of the user."""
-    records = read_jsonl(path)
-    for number, record in enumerate(records, 1):
+    """The records of a file of queries, without those that are there twice: each prompt is one
+    message of the user."""
+    records = {}
+    for number, record in enumerate(read_jsonl(path), 1):
         if [message["role"] for message in record["prompt"]] != ["user"]:
             raise UserError(f"{path}, line {number}: a query is one user message, or a string")
-    return records
+        records.setdefault(record["prompt"][0]["content"], record)
+    if len(records) < number:
+        print(f"{path}: {number - len(records)} queries are there twice, and left out")
+    return list(records.values())
 
 
 def split_queries(path, heldout, seed):
@@ -136,12 +156,25 @@ def check_columns(record, objective):
                 raise ValueError(f"before the last message of {column!r} stands not the prompt")
 
 
+def without_ends(chat, pair):
+    """A pair without the end-of-turn text and blanks that another tool may have left at the ends of
+    its responses; that of the template closes them."""
+    end = chat.tokenizer.decode([chat.end_id])
+    responses = []
+    for response in pair[1:]:
+        if response.text.rstrip().endswith(end):
+            response = response._replace(text=response.text.rstrip()[:-len(end)].rstrip())
+        responses.append(response)
+    return sso.Pair(pair.prompt, *responses)
+
+
 def encode_record(record, objective, chat, max_length, place, prompts=sso.PROMPTS):
     """A record as an example, R pairs of token ids, and None; or None and why it is of no use.
     UserError, with its place, if it is not as it should be."""
     try:
         check_columns(record, objective)
-        pairs = sso.preference_pairs(record, objective, prompts)
+        pairs = [without_ends(chat, pair)
+                 for pair in sso.preference_pairs(record, objective, prompts)]
         reason = teaches_nothing(pairs)
         if reason:
             return None, reason
@@ -180,13 +213,25 @@ def read_responses(path, records, role, chat, max_length, prompts=sso.PROMPTS):
             continue
         messages = sso.role_messages("original", record, prompts)
         try:
-            prompt, ids, _ = sso.encode_pair(chat.tokenizer, chat.end_id,
-                                             sso.Pair(messages, response, response),
+            pair = without_ends(chat, sso.Pair(messages, response, response))
+            prompt, ids, _ = sso.encode_pair(chat.tokenizer, chat.end_id, pair,
                                              min(max_length, chat.context))
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
         examples.append([sso.Pair(prompt, ids, ids[:1])])
     return examples
+
+
+def read_json(path):
+    """The object in a file that a command wrote."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no JSON, as the commands here write it ({error}); delete it"
+                        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not written by a command of this project; delete or move it")
+    return found
 
 
 # ---- Writing -------------------------------------------------------------------------------------
@@ -213,6 +258,13 @@ def longest_first(records):
     return sorted(range(len(records)), key=length, reverse=True)
 
 
+def belongs(line, record):
+    try:
+        return json.loads(line)["prompt"] == record["prompt"]
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
 def grow(out, records, make, batch_size, seed):
     """Make a record from each of `records` by `make(indices, seed) -> (new records, tokens)`, a
     batch at a time; write them to OUT in the order of `records`, and return them. Continues
@@ -223,8 +275,10 @@ def grow(out, records, make, batch_size, seed):
     if partial.exists():
         lines = partial.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     done = len(lines) // batch_size * batch_size        # whole batches; the last line may be cut
-    write_text(partial, "".join(line + "\n" for line in lines[:done]))
     order = longest_first(records)
+    if not all(belongs(line, records[i]) for i, line in zip(order, lines[:done])):
+        raise UserError(f"{partial}: not what this command began; delete it")
+    write_text(partial, "".join(line + "\n" for line in lines[:done]))
     tokens = 0
     bar = tqdm(total=len(order), initial=done, desc=Path(out).name, unit="query")
     with partial.open("a", encoding="utf-8") as file, bar:
@@ -250,16 +304,30 @@ def grow(out, records, make, batch_size, seed):
 NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile")   # on results, but for rounding
 
 
+MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.jinja", "*.model", "vocab*",
+               "merges*", "special_tokens*", "generation_config.json")
+
+
 def fingerprint(path):
-    """A hash of size and first MiB of a data file, or of a checkpoint's weights; of a hub id:
+    """A hash of all of a data file; of a checkpoint's weights, settings and tokenizer; of a hub id:
     none."""
-    files = sorted(Path(path).glob("*.safetensors")) or [Path(path)]
+    parts = [Path(path)]
+    if Path(path).is_dir():
+        parts = sorted({file for pattern in MODEL_FILES for file in Path(path).glob(pattern)})
     digest = hashlib.sha256()
-    for file in files:
-        if file.is_file():
-            digest.update(b"%d" % file.stat().st_size)
-            digest.update(file.open("rb").read(2**20))
+    for part in parts:
+        if part.is_file():
+            status = part.stat()
+            digest.update(hash_of(part, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:12]
+
+
+@functools.cache
+def hash_of(path, size, changed):
+    """Of a file's name and bytes; read once as long as size and time stay as they are."""
+    with open(path, "rb") as file:
+        content = hashlib.file_digest(file, "sha256").digest()
+    return path.name.encode() + content
 
 
 class Output:
@@ -286,11 +354,17 @@ class Output:
 
     def difference(self):
         """What it was made with that is not as it is now, in words, or None."""
-        before = json.loads(self.note_path.read_text(encoding="utf-8"))
+        before = read_json(self.note_path)
         for key in self.note | before:
             old, new = repr(before.get(key)), repr(self.note.get(key))
             if old != new:
                 return f"{key} = {old[:80]}, not {new[:80]}"
+
+    def clear_remains(self):
+        """What a kill left between the last rename and the end."""
+        for path in self.work:
+            if path.suffix in (".partial", ".pt"):
+                path.unlink(missing_ok=True)
 
     def is_complete(self):
         """Whether it is there already. UserError if it, or what was begun of it, has another
@@ -306,11 +380,16 @@ class Output:
             names = ", ".join(str(path) for path in (*begun, self.note_path))
             raise UserError(f"{self.path} was made with {difference}: choose another --out, or "
                             f"delete {names} to make it again")
+        if self.proof.exists():
+            self.clear_remains()
         return self.proof.exists()
 
     def is_current(self):
-        """Whether it is complete and made of what it would be made of now."""
-        return self.proof.exists() and self.note_path.exists() and not self.difference()
+        """Whether it is complete and made of what it would be made of now. UserError if another
+        program made it."""
+        if self.proof.exists() and not self.note_path.exists():
+            raise UserError(f"{self.proof} was not made by this command; move or delete it")
+        return self.proof.exists() and not self.difference()
 
     def write_note(self):
         """To be called once the inputs have proved good, before anything else is written."""

@@ -122,6 +122,17 @@ else:
     batches_at_once = 1
 
 
+def check_words(chat, records, path):
+    """UserError for queries of another world: the toy model's vocabulary is small."""
+    if isinstance(chat, servers.Server):
+        return
+    for number, record in enumerate(records, 1):
+        ids = chat.tokenizer(record["prompt"][-1]["content"]).input_ids
+        if ids.count(chat.tokenizer.unk_token_id) > len(ids) / 2:
+            raise UserError(f"{path}, line {number}: the model's tokenizer does not know most of "
+                            "its words; choose a model for these queries")
+
+
 def batch_size(chat, settings):
     """How many records are sampled, and then written, together."""
     if isinstance(chat, servers.Server):
@@ -145,8 +156,8 @@ def sample(chat, prompts, seed, settings, begun=None, end=None):
     begun = begun or [""] * len(prompts)
     encoded = []
     for messages, text in zip(prompts, begun):
-        start = chat.tokenizer(text, add_special_tokens=False).input_ids
-        encoded.append(sso.encode_prompt(chat.tokenizer, messages) + start)
+        ids = sso.encode_prompt(chat.tokenizer, messages)
+        encoded.append(ids + chat.tokenizer(text, add_special_tokens=False).input_ids)
     width = max(map(len, encoded))
     if width >= chat.context:
         longest = prompts[[len(ids) for ids in encoded].index(width)]
@@ -166,6 +177,9 @@ def sample(chat, prompts, seed, settings, begun=None, end=None):
             length += 1
         text = chat.tokenizer.decode(ids[:length], skip_special_tokens=True,
                                      clean_up_tokenization_spaces=False)
-        responses.append(sso.Response(text, finished=length < len(ids)))
+        finished = length < len(ids)
+        if not finished:
+            text = text.rstrip("\ufffd")            # cut off inside a character
+        responses.append(sso.Response(text, finished))
         tokens += min(length + 1, len(ids))
     return Sampled(responses, tokens)

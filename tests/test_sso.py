@@ -15,6 +15,7 @@ import sso
 import train
 from conftest import ROOT, make_tokenizer
 from plumbing import chat, fast
+from plumbing.plaintext import PlainText
 from sso import Pair, Response
 
 Y = {"good": "A plum.", "bad": "Something that grows, I think, on a tr", "original": "Fruit: fig"}
@@ -226,8 +227,6 @@ def test_what_is_supervised_is_the_response_and_one_end_of_turn_token(loaded):
     assert supervised == [tokenizer.decode(pair.winner), tokenizer.decode(pair.loser)] == [Y["good"] + end, Y["bad"]]
     start = {"qwen2": "<|im_start|>assistant\n", "qwen3": "</think>\n\n", "llama": "assistant<|end_header_id|>\n\n"}
     assert tokenizer.decode(pair.prompt).endswith(start[loaded.model.config.model_type])
-    # A text of another tool that carries the token already gets no second one.
-    assert sso.encode_response(tokenizer, end_id, Response(Y["good"] + end, finished=True)) == pair.winner
 
 
 def test_a_response_is_cut_to_the_room_beside_its_prompt(loaded):
@@ -246,8 +245,8 @@ def test_a_response_is_cut_to_the_room_beside_its_prompt(loaded):
 def test_the_end_of_turn_is_the_templates_not_the_end_of_text():
     tokenizer = make_tokenizer("llama")
     tokenizer.eos_token = "<|end_of_text|>"                          # as in Llama 3's first release
-    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
-    assert chat.end_of_turn_id(tokenizer, stops) == stops[1]
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert chat.end_of_turn_id("model", PlainText(tokenizer)) == end
 
 
 # ---- Prompts and pairs ---------------------------------------------------------------------------

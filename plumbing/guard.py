@@ -1,0 +1,129 @@
+"""What stands around a command: one process a folder, signals that end it in good order, and errors
+of one line."""
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from plumbing import memory
+from plumbing.files import UserError
+
+try:
+    import fcntl                # Windows has none
+except ImportError:
+    fcntl = None
+
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+# ---- One process a folder ------------------------------------------------------------------------
+
+def holder(folder):
+    """The process that has locked a folder, in words: Linux knows its number."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        inode = str(folder.stat().st_ino)
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].split(":")[-1] == inode:
+                return f"process {words[4]}"
+    return "another process"
+
+
+@contextlib.contextmanager
+def locked(out, is_folder):
+    """Hold the folder OUT, or that in which the file OUT lies, and what holds it, while a command
+    writes there. UserError if another process does, or nothing can be written. The kernel ends a
+    lock with its process, however that dies."""
+    folder = Path(out) if is_folder else Path(out).parent
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    with contextlib.ExitStack() as files:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"--out {out}: nothing can be written there ({error.strerror})"
+                            ) from None
+        if fcntl and int(os.environ.get("RANK", 0)) == 0:       # of one training's processes, one
+            # Its own, and a share of the one above, which a command there may hold as its own.
+            lock(folder, fcntl.LOCK_EX, files)
+            lock(folder.resolve().parent, fcntl.LOCK_SH, files)
+        try:
+            yield
+        finally:
+            for place in made:
+                with contextlib.suppress(OSError):              # not if it holds anything
+                    place.rmdir()
+
+
+def lock(folder, share, files):
+    file = os.open(folder, os.O_RDONLY)
+    files.callback(os.close, file)
+    try:
+        fcntl.flock(file, share | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{holder(folder)} is at work in {folder}; wait for its end, or choose "
+                        "another --out") from None
+
+
+# ---- Signals -------------------------------------------------------------------------------------
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Hold Ctrl-C and its kin back until the end of the block, so that it is done wholly or not at
+    all."""
+    held = []
+    before = {stop: signal.getsignal(stop) for stop in STOPS}
+    try:
+        for stop in STOPS:
+            signal.signal(stop, lambda *_: held.append(True))
+        yield
+    finally:
+        for stop in STOPS:
+            signal.signal(stop, before[stop])
+    if held:
+        raise KeyboardInterrupt
+
+
+# ---- Errors --------------------------------------------------------------------------------------
+
+def reason(error):
+    """What went wrong, in one line, and what to do."""
+    if isinstance(error, UserError):
+        return str(error)
+    if memory.ran_out(error):
+        return f"{error}; lower --micro-batch-tokens (training), --batch-size (sampling)"
+    if isinstance(error, (OSError, SafetensorError)):
+        if "No space" in str(error) or "File too large" in str(error):
+            return f"{error}; what was finished is kept, the same command continues"
+        return str(error)
+    return f"{type(error).__name__}: {error} (--debug shows where; a bug of this project, likely)"
+
+
+@contextlib.contextmanager
+def guarded(debug):
+    """Bad input, a full disk, Ctrl-C, SIGTERM and SIGHUP end in one line, and a code that is not
+    zero; what is no bad input has its traceback with --debug."""
+    before = {stop: signal.signal(stop, interrupt) for stop in STOPS}
+    for stream in (sys.stdout, sys.stderr):     # a terminal that cannot show y- shows something
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command continues where it stopped")
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit("error: " + " ".join(reason(error).split()))
+    finally:
+        for stop in STOPS:
+            signal.signal(stop, before[stop])
