@@ -399,8 +399,6 @@ def collect(root, seeds):
 def run(seeds: int = 5, rounds: int = 0, plot=None, out: Path = Path("runs/study"),
         processes: int = os.cpu_count()):
     """Run the study and print its tables."""
-    if seeds < 1 or rounds < 0 or processes < 1:
-        raise UserError("--seeds and --processes are at least 1, --rounds at least 0")
     if seeds >= max(STUDY["search_seeds"]):
         raise UserError(f"--seeds is below {max(STUDY['search_seeds'])}: settings come from it")
     if plot:

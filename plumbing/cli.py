@@ -33,7 +33,7 @@ def load_toml(path):
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
-    except (OSError, ValueError) as error:          # no such file; not TOML, or not UTF-8
+    except (OSError, ValueError, RecursionError) as error:      # no such file; not TOML or UTF-8
         raise UserError(f"--recipe {path}: {error}") from None
 
 

@@ -519,8 +519,8 @@ def test_graded_pairs_are_the_best_over_the_worst_of_several_plain_answers(toy_b
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--seeds 0", "--seeds and --processes are at least 1"),
-    ("--processes 0", "--seeds and --processes are at least 1"), ("--rounds -1", "--rounds at least 0"),
+    ("--seeds 0", "--seeds 0 is not between 1 and"), ("--processes 0", "--processes 0 is not between 1 and"),
+    ("--rounds -1", "--rounds -1 is not between 0 and"),
     ("--seeds 6", "--seeds is below 6: settings come from it")])
 def test_a_study_that_cannot_be_is_refused(words, message, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=message):
