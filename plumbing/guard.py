@@ -54,6 +54,11 @@ def locked(out, is_folder):
             lock(folder.resolve().parent, fcntl.LOCK_SH, files)
         try:
             yield
+        except (OSError, SafetensorError) as error:
+            if "No space" in str(error) or "File too large" in str(error):
+                raise UserError(f"{out}: no disk space ({error}); what was finished is kept, the "
+                                "same command continues") from None
+            raise
         finally:
             for place in made:
                 with contextlib.suppress(OSError):              # not if it holds anything
@@ -102,8 +107,6 @@ def reason(error):
     if memory.ran_out(error):
         return f"{error}; lower --micro-batch-tokens (training), --batch-size (sampling)"
     if isinstance(error, (OSError, SafetensorError)):
-        if "No space" in str(error) or "File too large" in str(error):
-            return f"{error}; what was finished is kept, the same command continues"
         return str(error)
     return f"{type(error).__name__}: {error} (--debug shows where; a bug of this project, likely)"
 

@@ -295,3 +295,178 @@ def test_a_bad_model_ends_in_one_line(name, place, qwen3, monkeypatch, capsys):
 
 def test_there_are_enough_cases():
     assert len(CASES) + len(MODELS) >= 120
+
+
+# ---- What is not a bad file ----------------------------------------------------------------------
+
+def start(words, folder, **options):
+    """A command as a process of its own, in a folder."""
+    return subprocess.Popen([sys.executable, str(ROOT / words.split()[0]), *words.split()[1:]], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_the_second_of_two_processes_in_a_folder_says_who_is_at_work_and_ends(place, monkeypatch, capsys):
+    """Of a file's folder, of a training's, and of one above it; beside it another may work."""
+    (place / "runs/x").mkdir(parents=True)
+    holder = os.open(place / "runs/x", os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    for words in (RESPONSES.replace("new.jsonl", "runs/x/new.jsonl"), POLICY.replace("--out new", "--out runs/x"),
+                  POLICY.replace("--out new", "--out runs/x/policy")):
+        ends_in_one_line(words.replace("bad.jsonl", "good.jsonl"),
+                         r"(process \d+|another process) is at work in .*runs/x; wait for its end, or choose another --out",
+                         place, monkeypatch, capsys)
+    run_here(RESPONSES.replace("bad.jsonl", "good.jsonl").replace("new.jsonl", "runs/y/new.jsonl --max-new-tokens 2"),
+             monkeypatch)
+    os.close(holder)
+    for name in ("one", "two"):             # released by the death of whoever held it, and by the end of each command
+        run_here(RESPONSES.replace("bad.jsonl", "good.jsonl").replace("new.jsonl", f"runs/x/{name}.jsonl --max-new-tokens 2"),
+                 monkeypatch)
+
+
+def test_two_trainings_in_folders_of_their_own_go_on_beside_each_other(place):
+    words = POLICY.replace("bad.jsonl", "good.jsonl").replace("python ", "")
+    both = [start(words.replace("--out new", f"--out runs/{name}"), place) for name in "ab"]
+    for process in both:
+        assert process.wait() == 0, process.stderr.read()
+
+
+@pytest.mark.parametrize("words, limit, left", [
+    (RESPONSES + " --max-new-tokens 300", 1500, "new.jsonl.partial"), (POLICY, 30_000, "new")])
+def test_a_full_disk_is_one_line_that_names_the_file_and_the_command_goes_on(words, limit, left, place):
+    """Where no file may grow beyond a limit: as a disk that is full."""
+    import resource
+    write_jsonl(place / "bad.jsonl", [RECORD | {"prompt": f"Why {number}?"} for number in range(12)])
+    words = words.removeprefix("python ") + " --batch-size 2"
+    limited = start(words, place, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    _, said = limited.communicate()
+    assert limited.returncode == 1
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("error: new") and "no disk space" in last and "the same command continues" in last, said
+    assert "Traceback" not in said and (place / left).exists()
+    again = start(words, place)
+    assert again.wait() == 0, again.stderr.read()
+    assert (place / "new.jsonl").exists() or (place / "new/config.json").exists()
+
+
+def test_an_unforeseen_error_is_one_line_and_has_its_traceback_with_debug(place, monkeypatch):
+    from plumbing import files
+    def broken(*_):
+        raise RuntimeError("of\ntwo lines")
+
+    monkeypatch.setattr(files, "read_jsonl", broken)
+    words = RESPONSES.replace("bad.jsonl", "good.jsonl")
+    with pytest.raises(SystemExit, match="^error: RuntimeError: of two lines .--debug shows where; a bug of this project"):
+        run_here(words, monkeypatch)
+    with pytest.raises(RuntimeError):
+        run_here(words + " --debug", monkeypatch)
+
+
+def test_a_terminal_of_ascii_can_show_everything(place):
+    (place / "bad.jsonl").write_text(GOOD.replace("Why?", "Wärüm 漢字?"), encoding="utf-8")
+    words = QUERIES.removeprefix("python ") + " --max-new-tokens 4"
+    process = start(words, place, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    printed, said = process.communicate()
+    assert process.returncode == 0, said
+    assert "W\\xe4r\\xfcm" in printed
+
+
+def test_remains_of_a_kill_go_when_the_command_runs_again(place, monkeypatch):
+    """Between the last rename and the end a kill leaves the partial file, or the checkpoint, beside what is complete."""
+    words = [RESPONSES.replace("bad.jsonl", "good.jsonl") + " --max-new-tokens 2", POLICY.replace("bad.jsonl", "good.jsonl")]
+    for command in words:
+        run_here(command, monkeypatch)
+    before = contents(place)
+    for left in ("new.jsonl.partial", "new/checkpoint.pt"):
+        (place / left).write_text("left")
+    for command in words:
+        run_here(command, monkeypatch)
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", None])
+def test_a_checkpoint_that_is_none_is_one_line(content, place, monkeypatch, capsys):
+    words = POLICY.replace("bad.jsonl", "good.jsonl") + " --epochs 2"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
+        from plumbing.checkpoint import Progress
+        patch.setattr(Progress, "log", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_here(words, patch)
+    saved = place / "new/checkpoint.pt"
+    assert saved.exists()
+    if content is None:
+        torch.save({"step": 1, "model": {}}, saved)
+    else:
+        saved.write_bytes(content)
+    ends_in_one_line(words, "new/checkpoint.pt: not a checkpoint of this training .*; delete it to begin anew", place,
+                     monkeypatch, capsys)
+
+
+def test_a_partial_file_of_other_records_is_refused_before_the_sampling(place, monkeypatch, capsys):
+    words = RESPONSES.replace("bad.jsonl", "good.jsonl") + " --max-new-tokens 2 --batch-size 1"
+    run_here(words, monkeypatch)
+    made = (place / "new.jsonl").read_text()
+    (place / "new.jsonl").unlink()
+    first = made.splitlines()[0]
+    for left in (first.replace("When?", "How?").replace("Why?", "How?"), "mine", "[1]"):
+        (place / "new.jsonl.partial").write_text(left + "\n")
+        ends_in_one_line(words, "new.jsonl.partial: not what this command began; delete it", place, monkeypatch, capsys)
+
+
+def test_all_of_an_input_counts_for_its_identity(place, qwen3, monkeypatch):
+    """A byte behind the first MiB of data; a checkpoint's template."""
+    from plumbing.files import fingerprint
+    path = place / "big.jsonl"
+    path.write_bytes(b"a" * 2**21)
+    before = fingerprint(path)
+    path.write_bytes(b"a" * (2**21 - 1) + b"b")
+    os.utime(path, ns=(1, 1))
+    assert fingerprint(path) != before
+    shutil.copytree(qwen3, place / "copy")
+    seen = {fingerprint(place / "copy")}
+    for name in ("chat_template.jinja", "config.json", "tokenizer_config.json"):
+        (place / "copy" / name).write_text((place / "copy" / name).read_text() + "\n")
+        seen.add(fingerprint(place / "copy"))
+    assert len(seen) == 4
+    (place / "copy/args.json").write_text("{}")             # no part of the model
+    assert fingerprint(place / "copy") in seen
+
+
+def test_queries_that_are_there_twice_are_counted_and_on_one_side_of_the_split(place, capsys):
+    from plumbing.files import split_queries
+    write_jsonl(place / "twice.jsonl", [{"prompt": f"q{number % 20}"} for number in range(200)])
+    queries, held = split_queries("twice.jsonl", None, seed=0)
+    texts = [[record["prompt"][0]["content"] for record in part] for part in (queries, held)]
+    assert sorted(texts[0] + texts[1]) == sorted(f"q{number}" for number in range(20)) and len(held) == 2
+    assert "twice.jsonl: 180 queries are there twice, and left out" in capsys.readouterr().out
+
+
+def test_a_toy_model_is_not_asked_the_queries_of_another_world(toy_base, place, monkeypatch, capsys):
+    ends_in_one_line(QUERIES.replace("bad.jsonl", "good.jsonl").replace("--model model", f"--model {toy_base}"),
+                     "good.jsonl, line 1: the model's tokenizer does not know most of its words", place, monkeypatch, capsys)
+
+
+def test_a_run_in_a_folder_of_another_seed_or_with_edited_heldout_queries_is_refused(toy_base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy, "build", lambda out, *args, **how: shutil.copytree(toy_base, out))
+    monkeypatch.setattr(toy, "QUERIES", 8)
+    monkeypatch.setattr(toy, "HELDOUT", 4)
+    words = "python run.py --out run --principles.max-new-tokens 8 --responses.max-new-tokens 4"
+    run_here(words, monkeypatch)
+    ends_in_one_line(words + " --seed 7", "was made with seed = 0, not 7: choose another --out", tmp_path, monkeypatch, capsys)
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "run/base", tmp_path / "other/base")
+    ends_in_one_line(words.replace("--out run", "--out other") + " --seed 7", "other/base was made with seed = 0, not 7",
+                     tmp_path, monkeypatch, capsys)
+    held = tmp_path / "run/heldout.jsonl"
+    held.write_text(held.read_text().replace("\n", "\n", 1).splitlines()[0] + "\n")
+    ends_in_one_line(words, "answers_base.jsonl was made with content of principles = ", tmp_path, monkeypatch, capsys)
+
+
+def test_a_report_of_another_program_is_not_overwritten(toy_base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy, "build", lambda out, *args, **how: shutil.copytree(toy_base, out))
+    monkeypatch.setattr(toy, "QUERIES", 8)
+    monkeypatch.setattr(toy, "HELDOUT", 4)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report.json").write_text("mine")
+    words = "python run.py --out run --principles.max-new-tokens 8 --responses.max-new-tokens 4"
+    ends_in_one_line(words, "run/report.json was not made by this command; move or delete it", tmp_path, monkeypatch, capsys)

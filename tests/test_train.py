@@ -404,14 +404,15 @@ def test_only_the_first_examples_of_the_file_are_trained_on(toy_base, data, tmp_
 
 # ---- Interruptions -------------------------------------------------------------------------------
 
-def test_ctrl_c_and_then_the_same_command_gives_the_same_weights(toy_base, data, tmp_path, capsys):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_then_the_same_command_gives_the_same_weights(toy_base, data, tmp_path, capsys, stop):
     words = ["train.py", "generator", "--model", toy_base, "--data", data, "--recipe", toy.RECIPE, "--batch-size", "4",
              "--epochs", "4", "--out", tmp_path / "a"]
     process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not ((tmp_path / "a" / "log.jsonl").exists() and len(log(tmp_path / "a")) > 2):
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     assert process.communicate()[1].endswith("interrupted; the same command continues where it stopped\n")
     assert process.returncode
     done = len(log(tmp_path / "a"))
@@ -430,7 +431,8 @@ def test_ctrl_c_and_then_the_same_command_gives_the_same_weights(toy_base, data,
     assert "complete" in capsys.readouterr().out
 
 
-def test_ctrl_c_within_an_update_is_held_back_until_it_is_whole(toy_base, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_within_an_update_is_held_back_until_it_is_whole(toy_base, data, tmp_path, monkeypatch, stop):
     """The second update is applied, then Ctrl-C comes before it is counted: it is neither lost nor done twice."""
     settings, real, calls = recipe("policy", lr=1e-3), torch.optim.AdamW.step, []
 
@@ -438,14 +440,14 @@ def test_ctrl_c_within_an_update_is_held_back_until_it_is_whole(toy_base, data, 
         result = real(self, *args, **how)
         calls.append(1)
         if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), stop)
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(stop)
     with pytest.raises(KeyboardInterrupt):
         train.train("policy", toy_base, data, tmp_path / "a", settings)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(stop) is before
     assert torch.load(tmp_path / "a/checkpoint.pt")["step"] == len(log(tmp_path / "a")) == 2
     for name in "ab":
         train.train("policy", toy_base, data, tmp_path / name, settings)
