@@ -170,6 +170,7 @@ def run(recipe, model=None, queries=None, heldout=None, principles=None, princip
         folders = [out / f"round{number}" for number in range(1, rounds + 1)]
     if model:
         records, heldout_records = files.split_queries(queries, heldout, seed)
+        files.check_room(load_tokenizer(model), records, recipe)
     else:
         records, heldout_records = toy.make_records(seed, rounds)
     files.write_queries(out, folders, records, heldout_records,

@@ -167,8 +167,8 @@ def run_steps(chat, examples, ref_logps, watch, optimizer, settings, progress):
         with uninterrupted():
             optimizer.step()
             speed = parts["tokens"].sum().item() / (time.time() - began)
-            row |= watch.look(progress.step, len(batches))
-            progress.log(row | {"lr": lr, "tokens_per_second": speed})
+            looked = watch.look(progress.step, len(batches))
+            progress.log(row | looked | {"lr": lr, "tokens_per_second": speed})
         bar.set_postfix_str(f"loss {row['loss']:.3f} margin {row['margin']:.3f}", refresh=False)
 
 

@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -395,6 +396,8 @@ cli.HELP |= {"layers": "of the random model (2)", "queries": "of a step (2)",
 def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 16,
           repeats: int = 3, vs=None, memory: int = 0):
     """Measure, and print tables."""
+    if vs and find_spec("trl") is None:
+        raise files.UserError("--vs trl: TRL is not installed: pip install trl==1.16.0")
     print(f"{model}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     chat = load(model, layers)
     if memory:

@@ -90,7 +90,8 @@ def make_trainer(chat, rows, config, settings):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
             return self.lr_scheduler
 
-    return Trainer(chat.model, args=config, train_dataset=rows, processing_class=chat.tokenizer.tokenizer,
+    return Trainer(chat.model, args=config, train_dataset=rows,
+                   processing_class=chat.tokenizer.tokenizer,
                    data_collator=DataCollatorForPreference(chat.pad_id))
 
 

@@ -57,8 +57,8 @@ def load_tokenizer(path):
     if "zebra" not in text:
         raise UserError(f"model {path}: its chat template has no system message; {SYSTEM}")
     if begun.count("<think>") > begun.count("</think>"):
-        raise UserError(f"model {path}: its chat template leaves <think> open before an answer; use "
-                        "a model that can be told not to think")
+        raise UserError(f"model {path}: its chat template leaves <think> open before an answer; "
+                        "use a model that can be told not to think")
     return tokenizer
 
 

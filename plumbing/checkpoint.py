@@ -35,8 +35,8 @@ def save_model(chat, out):
     """Save a `from_pretrained` folder, which transformers 4 reads as well. UserError if its last
     update has spoiled it."""
     if not all(parameter.isfinite().all() for parameter in chat.model.parameters()):
-        raise UserError(f"{out}: the last update made weights NaN or infinite; nothing is saved. Try "
-                        "a lower --lr, in another --out")
+        raise UserError(f"{out}: the last update made weights NaN or infinite; nothing is saved. "
+                        "Try a lower --lr, in another --out")
     staging = Path(out, "saving")
     shutil.rmtree(staging, ignore_errors=True)
     chat.model.save_pretrained(staging)
@@ -44,8 +44,8 @@ def save_model(chat, out):
     publish(staging)
     saved = PlainText(AutoTokenizer.from_pretrained(out, trust_remote_code=False))
     if saved(PROBE).input_ids != chat.tokenizer(PROBE).input_ids:
-        tqdm.write(f"warning: {out}: its tokenizer, saved and loaded, does not read texts as before; "
-                   "copy the tokenizer files of the model that was trained into it")
+        tqdm.write(f"warning: {out}: its tokenizer, saved and loaded, does not read texts as "
+                   "before; copy the tokenizer files of the model that was trained into it")
 
 
 def publish(staging):

@@ -134,6 +134,16 @@ def split_queries(path, heldout, seed):
     return records[held:], records[:held]
 
 
+def check_room(tokenizer, records, recipe):
+    """UserError if a training has no room behind the longest query."""
+    longest = max(records, key=lambda record: len(str(record["prompt"])))
+    tokens = len(sso.encode_prompt(tokenizer, as_messages("prompt", longest["prompt"])))
+    for stage in ("generator", "policy"):
+        if tokens >= recipe[stage]["max_length"]:
+            raise UserError(f"{stage}: --max-length {recipe[stage]['max_length']} leaves no room "
+                            f"for an answer behind a query of {tokens} tokens")
+
+
 def teaches_nothing(pairs):
     """Why the pairs of a record are of no use in training, or None. An equal pair has no
     gradient."""

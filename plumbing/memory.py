@@ -56,7 +56,7 @@ def free_bytes():
 def check_weights(path, bytes_each, auto_class, **options):
     """UserError if a checkpoint's parameters do not fit, of so many bytes each; before it is
     loaded."""
-    config = AutoConfig.from_pretrained(path, **options)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
     with torch.device("meta"):
         needed = auto_class.from_config(config).num_parameters() * bytes_each
     free = free_bytes()

@@ -8,7 +8,7 @@ import jinja2
 
 from plumbing.files import UserError
 
-CUTS = [chr(code) for code in range(0xE000, 0xF8FF)]    # no text has all of these private characters
+CUTS = [chr(code) for code in range(0xE000, 0xF8FF)]    # private characters: no text has them all
 DATE = "26 Jul 2024"        # Llama 3.2's template has today's: steps of two days would differ
 
 

@@ -135,6 +135,7 @@ for name, words, expected in (      # ---- flags
         ("rounds 0", RUN + " --rounds 0", "--rounds is at least 1"),
         ("rounds negative", RUN + " --rounds -2", "--rounds -2 is not between"),
         ("rounds huge", RUN + " --rounds 100000", "--rounds 100000 is not between"),
+        ("no room for an answer", RUN + " --policy.max-length 9", r"policy: --max-length 9 leaves no room .* query of \d+ tok"),
         ("more rounds than queries", RUN + " --rounds 9", "--rounds 9: more than the 1 queries"),
         ("model alone", "python run.py --model model --out new", "--model and --queries go together"),
         ("queries alone", "python run.py --queries good.jsonl --out new", "--model and --queries go together"),

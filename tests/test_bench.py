@@ -301,3 +301,9 @@ def test_other_losses_than_trls_are_refused(small, monkeypatch):
     monkeypatch.setattr(bench, "make_step", wrong)
     with pytest.raises(UserError, match="the losses differ"):
         bench.check_losses(lambda: load_chat(small), SETTINGS)
+
+
+def test_a_peer_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="error: --vs trl: TRL is not installed: pip install trl"):
+        run_here("python -m lab.bench --vs trl", monkeypatch)
