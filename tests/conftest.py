@@ -122,7 +122,7 @@ def default_run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clean")
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
-    for room in ("plumbing", "lab", "recipes"):
+    for room in ("plumbing", "lab", "recipes", "lessons"):
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
     with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
         process = subprocess.Popen([sys.executable, "run.py"], cwd=folder, stdout=out, stderr=err)

@@ -1,0 +1,25 @@
+"""Exercise 5: where does y- go? 45 minutes, and once `python run.py`.
+
+Before step 3, the toy model's y- are mostly nothing that it says unasked: p(rejected) is about .3,
+p(original) about .7. (p is exp of the mean log-probability of a token, under the policy and without
+any principle.) Step 3 trains a generator by Eq. 1, with Eq. 4 or, instead, with Eq. 3 as its L-.
+Then it samples y- anew.
+
+1. Predict first, from the rows of exercise 3, and write it down in PREDICTION: beside the y- of the
+   policy itself, is the generator's p(rejected) "higher", "lower" or "as it was" (within 0.1)?
+2. Write `p_rejected`: it measures a file of pairs. Which function of eval.py does, on which model?
+3. Run the tests: they train the generator of Eq. 3. Were you right?
+4. Explain in EXPLANATION what you saw, in 40 words or more.
+
+Hand in: this file, with the prediction that you made before you ran it.
+
+    python -m pytest lessons -k 05
+"""
+
+PREDICTION = {"Eq. 4": None, "Eq. 3": None}
+EXPLANATION = ""
+
+
+def p_rejected(pairs, policy, recipe):
+    """The mean p(rejected) of a file of pairs, under a policy."""
+    raise NotImplementedError("your code")

@@ -1,0 +1,23 @@
+"""Exercise 6: the control. 45 minutes, and once `python run.py`.
+
+If SSO helps because it makes rejected responses on-policy, then it cannot help where they are
+on-policy already. So make them: write bad principles that ask for what the toy model does unasked.
+
+1. Ask the toy model some plain queries (runs/toy/heldout.jsonl; runs/toy/answers_base.jsonl has its
+   answers). What does it do wrong of itself, again and again?
+2. Write `bad_principle`. The model knows 149 words, and follows principles like those of
+   runs/toy/principles.jsonl: look which of its bad ones is closest to what you need.
+3. Predict, in PREDICTION: with your principles, is p(rejected) of the policy's own pairs "near" or
+   "below" p(original)? And is SSO's lead over PBAA in quality "kept" or "lost"?
+
+Hand in: this file; and the table of the control in RESULTS.md, explained in three sentences.
+
+    python -m pytest lessons -k 06
+"""
+
+PREDICTION = {"p(rejected)": None, "lead": None}
+
+
+def bad_principle(query):
+    """A principle's text for a query's text, as "sort these words : fox axe plum dog"."""
+    raise NotImplementedError("your code")
