@@ -15,13 +15,15 @@ import pytest
 
 from conftest import ROOT, run_here, write_jsonl
 
+import eval as evaluation
 import sso
 import train
 from lab import toy
 from plumbing import cli, files
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+GUIDE = (ROOT / "GUIDE.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README + GUIDE, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlines()
             if line.strip() and not line.startswith("#")]
 SETUP = "pip install -r requirements.txt && "
@@ -38,16 +40,39 @@ def test_the_test_command_of_the_readme_is_what_ci_runs():
 
 
 def test_every_function_and_file_that_the_readme_names_exists():
-    names = re.findall(rf"`(?:plumbing\.|lab\.)?({'|'.join(MODULES)})\.(\w+)", README)
-    assert len(names) > 20
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in
+                   ("README.md", "GUIDE.md", "COSTS.md", "RESULTS.md", "lessons/README.md"))
+    names = re.findall(rf"`(?:plumbing\.|lab\.)?({'|'.join(MODULES)})\.(\w+)", text)
+    assert len(names) > 10
     for module, name in names:
         assert name in ("py", "toml") or hasattr(import_module(MODULES[module]), name), f"{module}.{name}"
-    for file in re.findall(r"`((?:plumbing/|lab/|recipes/|data/)?\w[\w.-]*\.(?:py|toml|txt))`", README):
+    for file in re.findall(r"`((?:plumbing/|lab/|recipes/|data/)?\w[\w.-]*\.(?:py|toml|txt))`", text):
         assert list(ROOT.rglob(file)), file
     sizes = re.findall(r"`([\w/]+\.py)` \| ([\d,]+) \|", README)
     assert len(sizes) == 5
     for script, tokens in sizes:
         assert tokens_of_code(ROOT / script) == pytest.approx(int(tokens.replace(",", "")), rel=0.03), script
+
+
+def test_every_link_to_a_line_of_code_leads_to_the_definition_that_it_names():
+    """`[what](file.py#L7 "name")`: line 7 defines that name; every other link is to a file that is there."""
+    links = re.findall(r"\]\(([\w/.]+\.py)#L(\d+) \"(\w+)\"\)", README)
+    assert len(links) > 20
+    for file, number, name in links:
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        right = [i for i, line in enumerate(lines, 1) if re.match(rf"def {name}\(|{name} = ", line)]
+        assert right == [int(number)], f"{file}: {name} is on line {right}, README.md says {number}"
+    assert README.count(".py#L") == len(links)
+    for page in ("README.md", "GUIDE.md", "RESULTS.md", "COSTS.md", "lessons/README.md"):
+        for target in re.findall(r"\]\(([^)\s#]+)", (ROOT / page).read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), (page, target)
+
+
+def test_the_readmes_five_rows_are_those_of_the_committed_first_run(capsys):
+    rows = json.loads((ROOT / "results/first-run.json").read_text())["rows"]
+    evaluation.print_report(rows)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) == 9 and all(line in README for line in printed)
 
 
 def tokens_of_code(path):
@@ -113,7 +138,7 @@ def test_every_other_command_of_the_readme(toy_base, qwen3, small_study, tmp_pat
     assert len(ran) > 20 and "paired difference" in printed
     assert "Table 2: reward models" in printed and "Over rounds: quality" in printed
     for script in ("run.py", "train.py", "generate.py", "eval.py"):
-        assert f"`{script}`" in README and any(script in line for line in ran)
+        assert f"`{script}`" in README + GUIDE and any(script in line for line in ran)
 
 
 def test_the_first_command_of_the_readme(default_run):
