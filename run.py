@@ -1,6 +1,6 @@
 """SSO from end to end: the paper's Figure 2 as code, and beside it the baseline PBAA.
 
-    python run.py                       # the toy world: offline, about two minutes
+    python run.py                       # the toy world: offline, about four minutes
     python run.py --model M --queries Q.jsonl --recipe R.toml --out runs/NAME       # any chat model
 
 One run is one folder. Each step reads the files of the steps before it, and is skipped if it is

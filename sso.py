@@ -137,7 +137,7 @@ L_PLUS = Pair("good", winner="good", loser="bad")
 L_MINUS = Pair("bad", winner="original", loser="good")
 
 # Eq. 3, the obvious alternative: under a bad principle say y- rather than y+. It widens the gap as
-# well, but nothing ties y- to the policy: it drifts off to whatever a bad principle suggests.
+# well, but nothing ties y- to the policy: it stays where a bad principle puts it.
 L_MINUS_EQ3 = Pair("bad", winner="bad", loser="good")
 
 # A baseline of ours, without any generator: y+ against yo, which is on-policy by itself.

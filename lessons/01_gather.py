@@ -7,7 +7,7 @@ response in nats. `pair_logps` does it for many pairs at once, in rows of one le
 1. Write `response_logp`. Which positions are about a token of the response? Which one is about its
    first token? Which are about nothing?
 2. Write `pair_logps`, without a loop over tokens. Pad on the right. `sso.pair_logps` is the same
-   function: look at it only when the tests are green.
+   for several pairs an example: look at it only when the tests are green.
 
 Hand in: this file; and two sentences: what would padding on the left break?
 

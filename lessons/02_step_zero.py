@@ -1,7 +1,7 @@
 """Exercise 2: the loss before the first update. 30 minutes.
 
-The reference is the policy before its training. So at step zero the two are the same model, and the
-loss is known without any data: a number that every training should print, and that finds half of
+The reference is the policy before its training. So at step zero the two are the same model, and
+L_base is known without any data: a number that every training should print, and that finds half of
 all bugs.
 
 1. Write `expected_loss`. For DPO, -log σ(margin); for IPO, (margin - 1/(2β))². What is the margin?

@@ -1,22 +1,24 @@
 """Exercise 5: where does y- go? 45 minutes, and once `python run.py`.
 
-Before step 3, the toy model's y- are mostly nothing that it says unasked: p(rejected) is about .3,
+Before step 3, the toy model's y- are mostly never said unasked: p(rejected) is about .3,
 p(original) about .7. (p is exp of the mean log-probability of a token, under the policy and without
 any principle.) Step 3 trains a generator by Eq. 1, with Eq. 4 or, instead, with Eq. 3 as its L-.
 Then it samples y- anew.
 
-1. Predict first, from the rows of exercise 3, and write it down in PREDICTION: beside the y- of the
+1. Predict first, from the rows of exercise 3, and write it down in PREDICTION: against the y- of the
    policy itself, is the generator's p(rejected) "higher", "lower" or "as it was" (within 0.1)?
 2. Write `p_rejected`: it measures a file of pairs. Which function of eval.py does, on which model?
-3. Run the tests: they train the generator of Eq. 3. Were you right?
+3. Run the tests: they train the generator of Eq. 3, and say what they measured. Write it into SEEN,
+   in the same words, and leave your prediction as it was: a wrong one is worth an explanation.
 4. Explain in EXPLANATION what you saw, in 40 words or more.
 
-Hand in: this file, with the prediction that you made before you ran it.
+Hand in: this file.
 
     python -m pytest lessons -k 05
 """
 
 PREDICTION = {"Eq. 4": None, "Eq. 3": None}
+SEEN = {"Eq. 4": None, "Eq. 3": None}
 EXPLANATION = ""
 
 

@@ -7,17 +7,17 @@ on-policy already. So make them: write bad principles that ask for what the toy 
    answers). What does it do wrong of itself, again and again?
 2. Write `bad_principle`. The model knows 149 words, and follows principles like those of
    runs/toy/principles.jsonl: look which of its bad ones is closest to what you need.
-3. Predict, in PREDICTION: with your principles, is p(rejected) of the policy's own pairs "near" or
-   "below" p(original)? And is SSO's lead over PBAA in quality "kept" or "lost"?
+3. Predict, in PREDICTION: is SSO's lead over PBAA in quality "kept" or "lost"? The table of the
+   control world "on-policy" in RESULTS.md has the answer: write it into SEEN.
 
-Hand in: this file; and the table of the control in RESULTS.md, explained in three sentences.
+Hand in: this file; and that table, explained in three sentences.
 
     python -m pytest lessons -k 06
 """
 
-PREDICTION = {"p(rejected)": None, "lead": None}
+PREDICTION, SEEN = None, None
 
 
 def bad_principle(query):
-    """A principle's text for a query's text, as "sort these words : fox axe plum dog"."""
+    """A principle's text for a query's text, like "sort these words : fox axe plum dog"."""
     raise NotImplementedError("your code")

@@ -146,7 +146,7 @@ def word(now, before):
 def test_05_where_the_rejected_responses_go(exercise, toy_run):
     recipe, out = cli.read_recipe(toy.RECIPE), Path("runs/lessons")
     base, responses = toy_run / "base", toy_run / "responses.jsonl"
-    assert all(exercise.PREDICTION.values()), "predict first"
+    assert set(exercise.PREDICTION.values()) <= {"higher", "lower", "as it was"}, "predict first"
     eq3 = cli.change(recipe, generator={"objective": "eq3"})
     train.train("generator", base, responses, out / "eq3", eq3)
     generate.responses(out / "eq3", responses, out / "eq3.jsonl", recipe, ("good", "bad"))
@@ -156,7 +156,7 @@ def test_05_where_the_rejected_responses_go(exercise, toy_run):
                 "Eq. 3": exercise.p_rejected(out / "eq3.jsonl", base, recipe)}
     print(f"p(rejected): of the policy's own pairs {before:.3f}; of the generators {measured}")
     for name, value in measured.items():
-        assert exercise.PREDICTION[name] == word(value, before), f"{name}: {before:.3f} became {value:.3f}"
+        assert exercise.SEEN[name] == word(value, before), f"{name}: {before:.3f} became {value:.3f}"
     assert len(exercise.EXPLANATION.split()) >= 40, "explain it"
 
 
@@ -177,4 +177,4 @@ def test_06_bad_principles_that_ask_for_what_the_model_does_unasked(exercise, to
     print(f"p(rejected) {rejected:.3f}, p(original) {original:.3f}, accuracy {measures['accuracy']['mean']:.3f}")
     assert measures["accuracy"]["mean"] > 0.75, "the pairs have to stay accurate"
     assert abs(rejected - original) < 0.1, f"p(rejected) is {rejected:.3f}, p(original) {original:.3f}"
-    assert exercise.PREDICTION == {"p(rejected)": "near", "lead": "lost"}
+    assert exercise.PREDICTION in ("kept", "lost") and exercise.SEEN == "lost"
