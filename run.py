@@ -89,8 +89,10 @@ def measured(path, judged_by, inputs, recipe, measure):
     output = files.Output(path, judged_by, inputs)
     if not output.is_current():
         critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])
-        files.write_text(path, json.dumps(measure(critic, limit), indent=1))
+        measures = measure(critic, limit)
+        path.unlink(missing_ok=True)        # so that no old one stands beside the new note
         output.write_note()
+        files.write_text(path, json.dumps(measures, indent=1))
     return files.read_json(path)
 
 

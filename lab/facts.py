@@ -149,7 +149,7 @@ def make_queries(seed=0):
     return {"queries": queries, "heldout": [ask(fact, i) for i, fact in enumerate(held)]}
 
 
-def write(out, count: int = 10**6, long: int = 0, seed: int = 0):
+def write(out: Path, count: int = 10**6, long: int = 0, seed: int = 0):
     """Write `count` queries, as many held out, or all, and principles: short ones, or long."""
     write_world(out, WORLD, parse, make_queries(seed), count, long, seed)
 

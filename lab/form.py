@@ -89,7 +89,7 @@ def make_queries(seed=0):
             "heldout": combine(questions[:HELDOUT], HELDOUT_TURNS, rng)}
 
 
-def write(out, count: int = 10**6, long: int = 0, seed: int = 0):
+def write(out: Path, count: int = 10**6, long: int = 0, seed: int = 0):
     """Write `count` queries, as many held out, or all, and principles: short ones, or long."""
     facts.write_world(out, WORLD, parse, make_queries(seed), count, long, seed)
 

@@ -3,6 +3,8 @@
     python -m lab.mixed --out runs/mixed [--count 128] [--seed 0]
 """
 
+from pathlib import Path
+
 from lab import facts, form
 from plumbing import cli, files
 
@@ -14,7 +16,7 @@ def grade(query, response, finished=True):
     return form.grade(query, response, finished)
 
 
-def write(out, count: int = 128, seed: int = 0):
+def write(out: Path, count: int = 128, seed: int = 0):
     """Write queries.jsonl and heldout.jsonl: in turns a query of each, `count` of each at most."""
     worlds = [facts.make_queries(seed), form.make_queries(seed)]
     for name in ("queries", "heldout"):

@@ -32,7 +32,7 @@ def weights_folder():
     return Path(package.origin).parent
 
 
-def make(out: Path):
+def make(out):
     """Write SmolLM2-135M-Instruct as a checkpoint folder, unless it is there."""
     if Path(out, "config.json").exists():
         print(f"{out}: complete")

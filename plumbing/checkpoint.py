@@ -26,6 +26,8 @@ def check_space(out, model):
     large."""
     needed = 7 * sum(parameter.nbytes for parameter in model.parameters())
     free = shutil.disk_usage(out).free
+    if Path(out, "checkpoint.pt").exists():
+        free += Path(out, "checkpoint.pt").stat().st_size
     if free < needed:
         raise UserError(f"{out}: no disk space: {needed / 1e9:.2g} GB needed, "
                         f"{free / 1e9:.2g} GB free")
@@ -55,7 +57,8 @@ def publish(staging):
     for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, Path(out, file.name))
     staging.rmdir()
-    Path(out, "checkpoint.pt").unlink(missing_ok=True)
+    for name in ("checkpoint.pt", "checkpoint.tmp"):
+        Path(out, name).unlink(missing_ok=True)
 
 
 def add_former_names(folder):
@@ -126,6 +129,7 @@ class Progress:
         try:
             torch.save(state, temporary)
         except RuntimeError as error:       # torch's way of saying that the disk is full
+            temporary.unlink(missing_ok=True)
             raise OSError(f"{temporary} cannot be written ({error})") from None
         os.replace(temporary, self.checkpoint)
 

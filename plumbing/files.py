@@ -126,7 +126,10 @@ def split_queries(path, heldout, seed):
     if heldout:
         held = read_queries(heldout)
         prompts = [record["prompt"] for record in held]
-        return [record for record in records if record["prompt"] not in prompts], held
+        records = [record for record in records if record["prompt"] not in prompts]
+        if not records:
+            raise UserError(f"{path}: all of its queries are held out by {heldout}")
+        return records, held
     if len(records) < 2:
         raise UserError(f"{path}: at least two queries are needed: one is held out for the report")
     random.Random(seed).shuffle(records)
@@ -375,6 +378,7 @@ class Output:
         for path in self.work:
             if path.suffix in (".partial", ".pt"):
                 path.unlink(missing_ok=True)
+                path.with_suffix(".tmp").unlink(missing_ok=True)
 
     def is_complete(self):
         """Whether it is there already. UserError if it, or what was begun of it, has another

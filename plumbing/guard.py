@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,10 +24,10 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 
 # ---- One process a folder ------------------------------------------------------------------------
 
-def holder(folder):
-    """The process that has locked a folder, in words: Linux knows its number."""
+def holder(file):
+    """The process that has locked an open file or folder, in words: Linux knows its number."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        inode = str(folder.stat().st_ino)
+        inode = str(os.fstat(file).st_ino)
         for line in Path("/proc/locks").read_text().splitlines():
             words = line.split()
             if words[1] == "FLOCK" and words[5].split(":")[-1] == inode:
@@ -36,12 +37,13 @@ def holder(folder):
 
 @contextlib.contextmanager
 def locked(out, is_folder):
-    """Hold the folder OUT, or that in which the file OUT lies, and what holds it, while a command
-    writes there. UserError if another process does, or nothing can be written. The kernel ends a
-    lock with its process, however that dies."""
+    """Hold the folder OUT and what is in it, or the file OUT, while a command writes there.
+    UserError if another process does, or nothing can be written. The kernel ends a lock with its
+    process, however that dies."""
     folder = Path(out) if is_folder else Path(out).parent
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    with contextlib.ExitStack() as files:
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(remove_empty, made)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -49,9 +51,7 @@ def locked(out, is_folder):
             raise UserError(f"--out {out}: nothing can be written there ({error.strerror})"
                             ) from None
         if fcntl and int(os.environ.get("RANK", 0)) == 0:       # of one training's processes, one
-            # Its own, and a share of the one above, which a command there may hold as its own.
-            lock(folder, fcntl.LOCK_EX, files)
-            lock(folder.resolve().parent, fcntl.LOCK_SH, files)
+            lock_all(folder, None if is_folder else Path(out), cleanup)
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -59,20 +59,37 @@ def locked(out, is_folder):
                 raise UserError(f"{out}: no disk space ({error}); what was finished is kept, the "
                                 "same command continues") from None
             raise
-        finally:
-            for place in made:
-                with contextlib.suppress(OSError):              # not if it holds anything
-                    place.rmdir()
 
 
-def lock(folder, share, files):
-    file = os.open(folder, os.O_RDONLY)
-    files.callback(os.close, file)
+def lock_all(folder, file, cleanup):
+    """The folder, or the file by a lock file beside it, for this process alone; and a share of each
+    folder above, which a command there may hold as its own."""
+    above = list(folder.resolve().parents)
+    if file is None:
+        lock(folder, os.open(folder, os.O_RDONLY), fcntl.LOCK_EX, cleanup)
+    else:
+        beside = folder / f".{file.name}.lock"
+        lock(folder, os.open(beside, os.O_CREAT | os.O_RDONLY), fcntl.LOCK_EX, cleanup)
+        cleanup.callback(beside.unlink, missing_ok=True)
+        above.insert(0, folder)
+    for place in above:
+        with contextlib.suppress(PermissionError):      # a folder that may not be read
+            lock(place, os.open(place, os.O_RDONLY), fcntl.LOCK_SH, cleanup)
+
+
+def lock(folder, file, share, cleanup):
+    cleanup.callback(os.close, file)
     try:
         fcntl.flock(file, share | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{holder(folder)} is at work in {folder}; wait for its end, or choose "
+        raise UserError(f"{holder(file)} is at work in {folder}; wait for its end, or choose "
                         "another --out") from None
+
+
+def remove_empty(folders):
+    for folder in folders:
+        with contextlib.suppress(OSError):              # it holds something
+            folder.rmdir()
 
 
 # ---- Signals -------------------------------------------------------------------------------------
@@ -82,18 +99,29 @@ def interrupt(*_):
 
 
 @contextlib.contextmanager
+def handled(handler):
+    """Signals that stop a program go to a handler, but for those that it was told to ignore, as by
+    nohup."""
+    before = {stop: signal.getsignal(stop) for stop in STOPS}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}                     # signals are the main thread's
+    taken = [stop for stop in before if before[stop] != signal.SIG_IGN]
+    try:
+        for stop in taken:
+            signal.signal(stop, handler)
+        yield
+    finally:
+        for stop in taken:
+            signal.signal(stop, before[stop])
+
+
+@contextlib.contextmanager
 def uninterrupted():
     """Hold Ctrl-C and its kin back until the end of the block, so that it is done wholly or not at
     all."""
     held = []
-    before = {stop: signal.getsignal(stop) for stop in STOPS}
-    try:
-        for stop in STOPS:
-            signal.signal(stop, lambda *_: held.append(True))
+    with handled(lambda *_: held.append(True)):
         yield
-    finally:
-        for stop in STOPS:
-            signal.signal(stop, before[stop])
     if held:
         raise KeyboardInterrupt
 
@@ -115,18 +143,15 @@ def reason(error):
 def guarded(debug):
     """Bad input, a full disk, Ctrl-C, SIGTERM and SIGHUP end in one line, and a code that is not
     zero; what is no bad input has its traceback with --debug."""
-    before = {stop: signal.signal(stop, interrupt) for stop in STOPS}
     for stream in (sys.stdout, sys.stderr):     # a terminal that cannot show y- shows something
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        with handled(interrupt):
+            yield
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command continues where it stopped")
     except Exception as error:
         if debug:
             raise
         sys.exit("error: " + " ".join(reason(error).split()))
-    finally:
-        for stop in STOPS:
-            signal.signal(stop, before[stop])

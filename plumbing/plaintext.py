@@ -9,14 +9,20 @@ import jinja2
 from plumbing.files import UserError
 
 CUTS = [chr(code) for code in range(0xE000, 0xF8FF)]    # private characters: no text has them all
-DATE = "26 Jul 2024"        # Llama 3.2's template has today's: steps of two days would differ
+# Some templates have today's date: steps of two days would differ.
+TODAY = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro -%}"
 
 
 def special_tokens(tokenizer):
-    """{text: id} of the tokens that control a conversation."""
-    added = tokenizer.added_tokens_decoder
-    specials = {str(token): i for i, token in added.items() if token.special}
-    return specials | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+    """{text: id} of the tokens that control a conversation: special ones, and those that the chat
+    template writes (DeepSeek's of turns are not special)."""
+    template = tokenizer.get_chat_template()
+    specials = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+    for i, token in tokenizer.added_tokens_decoder.items():
+        text = str(token)
+        if token.special or (text.strip() and text in template):
+            specials[text] = i
+    return specials
 
 
 class PlainText:
@@ -30,6 +36,8 @@ class PlainText:
         self.specials = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def __getattr__(self, name):
+        if name == "tokenizer":             # not made yet, as when it is copied
+            raise AttributeError(name)
         return getattr(self.tokenizer, name)
 
     def __len__(self):
@@ -55,8 +63,9 @@ class PlainText:
         cut = unused([message["content"] for message in messages])
         safe = [message | {"content": self.cut(message["content"], cut)} for message in messages]
         try:
-            text = self.tokenizer.apply_chat_template(safe, tokenize=False, date_string=DATE,
-                                                      **options)
+            text = self.tokenizer.apply_chat_template(
+                safe, tokenize=False, **options,
+                chat_template=TODAY + self.tokenizer.get_chat_template())
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"the model's chat template refuses messages of {roles}: {error}"

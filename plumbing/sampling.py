@@ -47,7 +47,8 @@ class EndText(StoppingCriteria):
 
 
 class TopP(LogitsProcessor):
-    """Temperature and top-p: the same tokens stay as in transformers, which sorts the vocabulary.
+    """Temperature and top-p: the same tokens stay as in transformers, which sorts the vocabulary
+    (but for rounding at the boundary).
     The `first` likeliest tokens nearly always hold the share top_p; where not, all are sorted."""
 
     def __init__(self, temperature, top_p, first=512):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -135,6 +136,7 @@ for name, words, expected in (      # ---- flags
         ("rounds 0", RUN + " --rounds 0", "--rounds is at least 1"),
         ("rounds negative", RUN + " --rounds -2", "--rounds -2 is not between"),
         ("rounds huge", RUN + " --rounds 100000", "--rounds 100000 is not between"),
+        ("all queries held out", RUN + " --heldout good.jsonl", "good.jsonl: all of its queries are held out by good.jsonl"),
         ("no room for an answer", RUN + " --policy.max-length 9", r"policy: --max-length 9 leaves no room .* query of \d+ tok"),
         ("more rounds than queries", RUN + " --rounds 9", "--rounds 9: more than the 1 queries"),
         ("model alone", "python run.py --model model --out new", "--model and --queries go together"),
@@ -312,16 +314,34 @@ def test_the_second_of_two_processes_in_a_folder_says_who_is_at_work_and_ends(pl
     holder = os.open(place / "runs/x", os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
     for words in (RESPONSES.replace("new.jsonl", "runs/x/new.jsonl"), POLICY.replace("--out new", "--out runs/x"),
-                  POLICY.replace("--out new", "--out runs/x/policy")):
+                  POLICY.replace("--out new", "--out runs/x/policy"), POLICY.replace("--out new", "--out runs/x/a/b/c")):
         ends_in_one_line(words.replace("bad.jsonl", "good.jsonl"),
                          r"(process \d+|another process) is at work in .*runs/x; wait for its end, or choose another --out",
                          place, monkeypatch, capsys)
     run_here(RESPONSES.replace("bad.jsonl", "good.jsonl").replace("new.jsonl", "runs/y/new.jsonl --max-new-tokens 2"),
              monkeypatch)
     os.close(holder)
+    with open(place / "runs/x/.one.jsonl.lock", "w") as file:       # one and the same file
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ends_in_one_line(RESPONSES.replace("bad.jsonl", "good.jsonl").replace("new.jsonl", "runs/x/one.jsonl"),
+                         "is at work in runs/x; wait", place, monkeypatch, capsys)
     for name in ("one", "two"):             # released by the death of whoever held it, and by the end of each command
         run_here(RESPONSES.replace("bad.jsonl", "good.jsonl").replace("new.jsonl", f"runs/x/{name}.jsonl --max-new-tokens 2"),
                  monkeypatch)
+
+
+def test_a_signal_that_was_to_be_ignored_still_is(place):
+    """As under nohup, which a terminal that closes must not end."""
+    from plumbing import guard
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with guard.guarded(debug=False), guard.uninterrupted():
+            os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(SystemExit, match="interrupted"), guard.guarded(debug=False):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_two_trainings_in_folders_of_their_own_go_on_beside_each_other(place):

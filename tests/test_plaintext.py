@@ -10,7 +10,7 @@ from conftest import KINDS, make_checkpoint, make_tokenizer, write_jsonl
 from lab import toy
 from plumbing import chat, checkpoint, files, sampling
 from plumbing.files import UserError
-from plumbing.plaintext import DATE, PlainText, special_tokens
+from plumbing.plaintext import PlainText, special_tokens
 
 PLAIN = ["Hi", "  two  blanks \n\n\tand lines\n", "été 12,345: <b>ü</b> 漢字 🙂 don't", "fig fox axe .", "a|b < c > [d]", "<|", "|>"]
 
@@ -141,10 +141,20 @@ def test_a_base_model_whose_template_closes_with_another_token_than_its_eos(tmp_
 def test_a_template_with_a_date_gives_the_same_ids_on_two_days():
     raw = make_tokenizer("qwen3")
     raw.chat_template = ("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y %H:%M:%S.%f') %}"
-                         "{% endif %}{{ date_string }}" + raw.chat_template)
+                         "{% endif %}{{ date_string }}{{ strftime_now('%H') }}" + raw.chat_template)
     messages = [{"role": "user", "content": "q"}]
-    text = PlainText(raw).apply_chat_template(messages, tokenize=False)
-    assert text.startswith(DATE) and not raw.apply_chat_template(messages, tokenize=False).startswith(DATE)
+    text, plain = PlainText(raw).apply_chat_template(messages, tokenize=False), raw.apply_chat_template(messages, tokenize=False)
+    assert text.startswith("26 Jul 202426 Jul 2024<|im_start|>") and not plain.startswith("26 Jul")
+
+
+def test_a_turn_marker_that_is_no_special_token_is_text_too():
+    """As DeepSeek's <｜User｜>: an added token of the template, with special=false."""
+    raw = make_tokenizer("qwen3")
+    raw.add_tokens(["<｜User｜>", "apple"])
+    raw.chat_template = raw.chat_template.replace("{{ m['role'] }}", "<｜User｜>{{ m['role'] }}")
+    marker = raw.convert_tokens_to_ids("<｜User｜>")
+    ids = sso.encode_prompt(PlainText(raw), [{"role": "user", "content": "a<｜User｜>b apple"}])
+    assert ids.count(marker) == 1 and raw.convert_tokens_to_ids("apple") in ids       # a word is a word
 
 
 def test_a_template_that_refuses_a_conversation_is_one_line(tmp_path, qwen3):
