@@ -20,6 +20,7 @@ import sso
 import train
 from lab import toy
 from plumbing import cli, files
+from plumbing.tables import print_table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "GUIDE.md").read_text(encoding="utf-8")
@@ -73,6 +74,18 @@ def test_the_readmes_five_rows_are_those_of_the_committed_first_run(capsys):
     evaluation.print_report(rows)
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(printed) == 9 and all(line in README for line in printed)
+
+
+def test_the_tables_of_the_runs_on_real_weights_are_those_of_the_committed_file(capsys):
+    results, text = json.loads((ROOT / "results/miniature.json").read_text()), (ROOT / "RESULTS.md").read_text("utf-8")
+    columns = ["quality", "accuracy", "p(chosen)", "p(rejected)", "policy's p(original)"]
+    assert {"commit", "versions", "machine", "command", "settings"} <= results.keys() and len(results["seeds"]) > 1
+    for seed, run_of_it in results["seeds"].items():
+        print_table(run_of_it["rows"], columns)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) > 4 and all(line in text for line in lines), seed
+        for step in run_of_it["costs"].values():
+            assert step["seconds"] > 0 and step["peak bytes"] > 1e8
 
 
 def tokens_of_code(path):
