@@ -84,6 +84,8 @@ def lock(folder, file, share, cleanup):
     except BlockingIOError:
         raise UserError(f"{holder(file)} is at work in {folder}; wait for its end, or choose "
                         "another --out") from None
+    except OSError:                     # a file system without locks, as some that are mounted
+        pass
 
 
 def remove_empty(folders):
