@@ -351,11 +351,11 @@ class TinyModel(torch.nn.Module):
     """A random transformer of one layer of attention, without positions."""
     device = torch.device("cpu")
 
-    def __init__(self, vocabulary=258, width=64):
+    def __init__(self):
         super().__init__()
-        self.embedding = torch.nn.Embedding(vocabulary, width)
-        self.attention = torch.nn.Linear(width, 3 * width)
-        self.head = torch.nn.Linear(width, vocabulary)
+        self.embedding = torch.nn.Embedding(258, 64)
+        self.attention = torch.nn.Linear(64, 3 * 64)
+        self.head = torch.nn.Linear(64, 258)
 
     def forward(self, input_ids, **options):
         hidden = self.embedding(input_ids)                                      # (N, T, D)
@@ -389,7 +389,7 @@ def print_numbers(logps, ref_logps, parts, gamma):
     print(f"  L_SSO = L+ + L- = {parts['loss'].sum():.4f}")
 
 
-def worked_example(beta=0.1, gamma=0.1, lr=0.01):
+def worked_example(beta=0.1, gamma=0.1):
     """One query, from its principles to one step of the data generator, in print."""
     torch.manual_seed(0)
     model, tokenizer = TinyModel(), ByteTokenizer()
@@ -422,12 +422,12 @@ def worked_example(beta=0.1, gamma=0.1, lr=0.01):
         print(f"  {term} winner {winner:+.4f}, loser {loser:+.4f}")
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter -= lr * parameter.grad
+            parameter -= 0.01 * parameter.grad
         logps, _ = pair_logps(model, [example], pad_id=0)
     _, parts = sso_loss(logps, ref_logps, tokens, "dpo", gamma, beta=beta)
-    print("\nAfter one step. All share the model's weights, so what is pushed down may rise, as y+")
-    print("under x- here: it wins under x+, and this model hardly tells the two prompts apart.")
-    print("What counts are the margins: both have grown.\n")
+    print("\nAfter one step. All share the model's weights, so what is pushed down may rise, as y+"
+          "\nunder x- here: it wins under x+, and this model hardly tells the two prompts apart.\n"
+          "What counts are the margins: both have grown.\n")
     print_numbers(logps, ref_logps, parts, gamma)
 
 

@@ -146,7 +146,7 @@ def run_steps(chat, examples, ref_logps, watch, optimizer, settings, progress):
     """The loop: zero, forward, loss, backward, clip, step, log."""
     batches = make_batches(len(examples), settings["batch_size"], settings["epochs"],
                            settings["seed"])
-    bar = tqdm(batches[progress.step:], initial=progress.step, total=len(batches), unit="step",
+    bar = tqdm(batches[progress.step:], initial=progress.step, total=len(batches),
                desc=str(progress.out))
     for batch in bar:                                           # indices of B examples
         began = time.time()

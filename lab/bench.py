@@ -29,7 +29,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 import sso
 import train
-from lab import toy
+from lab import results, toy
 from plumbing import cli, fast, files, sampling
 from plumbing.chat import Chat, autocast, device, load_chat, score
 from plumbing.tables import print_table
@@ -394,14 +394,17 @@ cli.HELP |= {"layers": "of the random model (2)", "queries": "of a step (2)",
 
 
 def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 16,
-          repeats: int = 3, vs=None, memory: int = 0):
+          repeats: int = 3, vs=None, memory: int = 0, results_file=None):
     """Measure, and print tables."""
     if vs and find_spec("trl") is None:
         raise files.UserError("--vs trl: TRL is not installed: pip install trl==1.16.0")
     print(f"{model}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     chat = load(model, layers)
     if memory:
-        print_table(pair_memory(chat), ["extra GiB"])
+        rows = pair_memory(chat)
+        print_table(rows, ["extra GiB"])
+        if results_file:
+            results.write(results_file, tables=[rows])
         return
     generator = recipe["generator"]
     work = workload(queries, chat, recipe["run"]["seed"])
@@ -413,9 +416,11 @@ def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 
         if answers:
             prompts = prompts_to_sample(chat, answers, recipe["prompts"])
             tables.append(sampling_works(chat, prompts, recipe["responses"]))
-    for works in tables:
-        print_table(measure(works, repeats),
-                    ["ms", "ratio", "TFLOP", "share of peak", "extra GiB"])
+    tables = [measure(works, repeats) for works in tables]
+    for rows in tables:
+        print_table(rows, ["ms", "ratio", "TFLOP", "share of peak", "extra GiB"])
+    if results_file:
+        results.write(results_file, tables=tables)
 
 
 if __name__ == "__main__":

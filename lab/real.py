@@ -21,16 +21,15 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 
 import eval as evaluation
 import generate
 import sso
 import train
-from lab import toy
+from lab import results, toy
 from plumbing import cli, files
-from plumbing.chat import device, load_chat, load_tokenizer, micro_batches
+from plumbing.chat import load_chat, load_tokenizer, micro_batches
 from plumbing.checkpoint import save_model
 from plumbing.tables import print_table
 
@@ -250,10 +249,8 @@ def write_report(out, model, recipe, costs, answers, rows, critic):
         measures[name] |= rows[name]
     stages = ("run", "principles", "responses", "generator", "policy")
     report = {"rows": measures, "costs": costs.steps, "model": Path(model).name,
-              "settings": {stage: recipe[stage] for stage in stages},
-              "threads": torch.get_num_threads(), "device": str(device),
-              "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    files.write_text(out / "report.json", json.dumps(report, indent=1))
+              "settings": {stage: recipe[stage] for stage in stages}}
+    results.write(out / "report.json", **report)
 
 
 # ---- Ways of giving a principle ------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The paper's tables in miniature, in the toy world. What is compared, and how: lab/study.toml.
 
     python -m lab.study run --seeds 5 [--rounds 6] [--plot FILE]
+    python -m lab.study tables                          # those of results/study.json again
     python -m lab.study search                          # where the settings of the arms come from
     python -m lab.study report runs/toy-1 runs/toy-2    # several runs of run.py: mean ± sd, paired
 
@@ -25,7 +26,7 @@ import eval as evaluation
 import generate
 import sso
 import train
-from lab import figures, reward, toy
+from lab import figures, results, reward, toy
 from plumbing import cli, files
 from plumbing.files import UserError
 from plumbing.tables import print_table, stat
@@ -285,12 +286,16 @@ def print_search(root):
 
 # ---- The tables ----------------------------------------------------------------------------------
 
+def means_of(report):
+    """{row: {column: mean}} of a report."""
+    return {row: {column: cell["mean"] for column, cell in cells.items()
+                  if isinstance(cell, dict) and "mean" in cell} for row, cells in report.items()}
+
+
 def means(runs, row, column):
     """The means of a cell, one a run; none unless every run has it."""
-    cells = [run.get(row, {}).get(column) for run in runs]
-    if not all(isinstance(cell, dict) for cell in cells):
-        return []
-    return [cell["mean"] for cell in cells]
+    values = [run.get(row, {}).get(column) for run in runs]
+    return [] if None in values else values
 
 
 def over_runs(runs, row, columns):
@@ -355,7 +360,7 @@ def print_tables(runs, rounds):
 
 def print_runs(folders):
     """The reports of several runs of run.py together: mean ± sd, and paired differences of rows."""
-    runs = [json.loads(Path(folder, "report.json").read_text()) for folder in folders]
+    runs = [means_of(json.loads(Path(folder, "report.json").read_text())) for folder in folders]
     columns = evaluation.POLICIES_TABLE + evaluation.PAIRS_TABLE[1:]
     print(f"mean ± standard deviation over {len(runs)} runs:\n")
     print_table({name: over_runs(runs, name, columns) for name in runs[0]}, columns)
@@ -385,13 +390,13 @@ def panels(runs, folder, rounds):
 # ---- Commands ------------------------------------------------------------------------------------
 
 def collect(root, seeds):
-    """The measures of each seed: {row: {column: stat}}."""
+    """Each seed's {row: {column: mean}}."""
     runs = []
     for seed in seeds:
         rows = {}
         for path in sorted((root / f"seed{seed}").rglob("report.json")):
             if "search" not in path.parts:
-                rows |= json.loads(path.read_text())
+                rows |= means_of(json.loads(path.read_text()))
         runs.append(rows)
     return runs
 
@@ -406,9 +411,16 @@ def run(seeds: int = 5, rounds: int = 0, plot=None, out: Path = Path("runs/study
     numbers = range(1, seeds + 1)
     run_seeds(partial(study_seed, rounds=rounds), out, numbers, processes)
     runs = collect(out, numbers)
+    results.write(out / "study.json", rounds=rounds, runs=runs)
     print_tables(runs, rounds)
     if plot:
         figures.draw(plot, panels(runs, out / "seed1", rounds))
+
+
+def tables(results_file="results/study.json"):
+    """Print the tables from the file that `run` left, OUT/study.json."""
+    found = files.read_json(results_file)
+    print_tables(found["runs"], found["rounds"])
 
 
 def search(out: Path = Path("runs/study"), processes: int = os.cpu_count()):
@@ -418,4 +430,5 @@ def search(out: Path = Path("runs/study"), processes: int = os.cpu_count()):
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("run", run, []), ("search", search, []), ("report", print_runs, []))
+    cli.run(__doc__, ("run", run, []), ("tables", tables, []), ("search", search, []),
+            ("report", print_runs, []))

@@ -145,6 +145,7 @@ HELP = {        # of flags that are no settings: the parameters of commands
     "out": "what to write",
     "seeds": "1 to so many",
     "processes": "of one thread each",
+    "results_file": "JSON file of results",
     "plot": "picture to draw, too (needs matplotlib)",
     "world": "of lab/toy.toml",
     "long": "1: principles of 30 to 60 words (0)", "seed": "of what is drawn",

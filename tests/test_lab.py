@@ -253,9 +253,10 @@ def cell(mean):
     return {"mean": mean, "se": 0.1, "n": 4}
 
 
-RUNS = [{"base": {"quality": cell(b)}, "pbaa": {"quality": cell(p), "accuracy": cell(p / 2)},
-         "sso": {"quality": cell(s), "accuracy": cell(s / 2)}, "sso 1": {"quality": cell(s)}}
+REPORTS = [{"base": {"quality": cell(b)}, "pbaa": {"quality": cell(p), "accuracy": cell(p / 2)},
+            "sso": {"quality": cell(s), "accuracy": cell(s / 2)}, "sso 1": {"quality": cell(s)}}
         for b, p, s in ((0.1, 0.5, 0.7), (0.2, 0.7, 0.8), (0.3, 0.6, 0.9))]
+RUNS = [study.means_of(report) for report in REPORTS]
 GAIN = {"mean": pytest.approx(0.2), "se": pytest.approx(statistics.stdev([0.2, 0.1, 0.3]) / math.sqrt(3)), "n": 3}
 
 
@@ -284,7 +285,7 @@ def test_a_curve_over_rounds_begins_with_the_base_model():
 
 def test_several_runs_of_the_whole_method_in_one_table(tmp_path, monkeypatch, capsys):
     """`python -m lab.study report`: mean ± sd over runs, and every paired difference."""
-    for number, row in enumerate(RUNS):
+    for number, row in enumerate(REPORTS):
         files.write_text(tmp_path / str(number) / "report.json", json.dumps(row))
     run_here(f"python -m lab.study report {tmp_path}/0 {tmp_path}/1 {tmp_path}/2", monkeypatch)
     printed, paired = capsys.readouterr().out.split("paired difference")
@@ -441,9 +442,11 @@ def test_the_study_in_small_continues_and_prints_every_table(small_study, tmp_pa
             plain = {"y+", "yo", "y-", "p(original)"} if row == "best-of-4" else set()      # has no yo beside its pairs
             assert row not in made or set(table["columns"]) - plain <= measures[row].keys()
     cells = {line.split("|")[1].strip(): line for line in printed.split("Table 1 ")[0].splitlines() if line[:1] == "|"}
-    assert f"{measures['sso']['quality']['mean']:.3f} ± 0.000" in cells["SSO"] and "35.0 / 43.0" in cells["SSO"]
-    gain = measures["sso"]["quality"]["mean"] - measures["pbaa"]["quality"]["mean"]
+    assert f"{measures['sso']['quality']:.3f} ± 0.000" in cells["SSO"] and "35.0 / 43.0" in cells["SSO"]
+    gain = measures["sso"]["quality"] - measures["pbaa"]["quality"]
     assert f" {gain:.3f} ± 0.000" in cells["SSO"]
+    run_here(f"python -m lab.study tables --results-file {tmp_path / 'study.json'}", monkeypatch)
+    assert capsys.readouterr().out == printed
 
     # Who is made from what.
     arms = seed / "arms"
