@@ -35,6 +35,7 @@ from plumbing.chat import Chat, autocast, device, load_chat, score
 from plumbing.tables import print_table
 
 CUDA = device.type == "cuda"
+COLUMNS = ["ms", "ratio", "TFLOP", "share of peak", "extra GiB"]
 
 
 # ---- The work ------------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 
             tables.append(sampling_works(chat, prompts, recipe["responses"]))
     tables = [measure(works, repeats) for works in tables]
     for rows in tables:
-        print_table(rows, ["ms", "ratio", "TFLOP", "share of peak", "extra GiB"])
+        print_table(rows, COLUMNS)
     if results_file:
         results.write(results_file, tables=tables)
 

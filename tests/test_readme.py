@@ -18,9 +18,9 @@ from conftest import ROOT, run_here, write_jsonl
 import eval as evaluation
 import sso
 import train
-from lab import toy
+from lab import bench, study, toy
 from plumbing import cli, files
-from plumbing.tables import print_table
+from plumbing.tables import print_table, show
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "GUIDE.md").read_text(encoding="utf-8")
@@ -76,16 +76,70 @@ def test_the_readmes_five_rows_are_those_of_the_committed_first_run(capsys):
     assert len(printed) == 9 and all(line in README for line in printed)
 
 
-def test_the_tables_of_the_runs_on_real_weights_are_those_of_the_committed_file(capsys):
-    results, text = json.loads((ROOT / "results/miniature.json").read_text()), (ROOT / "RESULTS.md").read_text("utf-8")
+def test_the_tables_of_the_runs_on_real_weights_are_those_of_the_committed_files(capsys):
+    text = (ROOT / "RESULTS.md").read_text("utf-8").split("# The toy world")[0]
     columns = ["quality", "accuracy", "p(chosen)", "p(rejected)", "policy's p(original)"]
-    assert {"commit", "versions", "machine", "command", "settings"} <= results.keys() and len(results["seeds"]) > 1
-    for seed, run_of_it in results["seeds"].items():
-        print_table(run_of_it["rows"], columns)
-        lines = capsys.readouterr().out.splitlines()
-        assert len(lines) > 4 and all(line in text for line in lines), seed
-        for step in run_of_it["costs"].values():
-            assert step["seconds"] > 0 and step["peak bytes"] > 1e8
+    found = set()
+    for name in ("miniature.json", "figure3-smollm2.json"):
+        results = results_of(name)
+        assert "settings" in results and len(results["seeds"]) > 1
+        for seed, run_of_it in results["seeds"].items():
+            print_table(run_of_it["rows"], columns)
+            lines = capsys.readouterr().out.splitlines()
+            assert len(lines) > 4 and all(line in text for line in lines), (name, seed)
+            for step in run_of_it["costs"].values():
+                assert step["seconds"] >= 0 and step["peak bytes"] > 1e8
+        found |= set(cells_of(results))
+    # What the prose says is a cell of the files, or a paired difference in them.
+    said = re.findall(r"[-−]?\d\.\d{3}\s±\s\d\.\d{3}", re.sub(r"(?m)^\|.*$", "", text))
+    assert len(said) > 4 and {" ".join(each.split()).replace("−", "-") for each in said} <= found
+
+
+def cells_of(results):
+    """Every mean with its error in a file of results, as it is printed."""
+    if isinstance(results, list):
+        results = dict(enumerate(results))
+    if isinstance(results, dict) and {"mean", "se"} <= results.keys():
+        yield show(results)
+    elif isinstance(results, dict):
+        for part in results.values():
+            yield from cells_of(part)
+
+
+def results_of(name):
+    """A committed file of results. It says where it is from."""
+    found = json.loads((ROOT / "results" / name).read_text())
+    assert {"command", "machine", "commit", "versions"} <= found.keys()
+    return found
+
+
+def table_lines(printed):
+    return [line for line in printed.splitlines() if line.startswith("|") and set(line) - set("|- ")]
+
+
+def test_the_studys_tables_and_differences_are_those_of_the_committed_file(capsys):
+    found, text = results_of("study.json"), (ROOT / "RESULTS.md").read_text("utf-8").split("# The toy world")[1]
+    study.print_tables(found["runs"], found["rounds"])
+    printed = table_lines(capsys.readouterr().out)
+    assert len(printed) > 80 and table_lines(text) == [line for line in table_lines(text) if line in printed]
+    assert set(printed) <= set(table_lines(text))
+    # What the prose says, "0.116 ± 0.035", is a paired difference of two rows in some column.
+    names, said = list(found["runs"][0]), re.findall(r"[-−]?\d\.\d{3} ± \d\.\d{3}", re.sub(r"(?m)^\|.*$", "", text))
+    differences = set()
+    for column in ("quality", "accuracy"):
+        for a in names:
+            for b in names:
+                differences.add(show(study.paired(found["runs"], a, b, column)))
+    assert len(said) > 8 and {each.replace("−", "-") for each in said} <= differences
+
+
+def test_the_tables_of_costs_are_those_of_the_committed_benchmark(capsys):
+    text = (ROOT / "COSTS.md").read_text("utf-8")
+    for name in ("bench.json", "bench-memory.json"):
+        for rows in results_of(name)["tables"]:
+            print_table(rows, [column for column in bench.COLUMNS if column in next(iter(rows.values()))])
+        printed = table_lines(capsys.readouterr().out)
+        assert len(printed) > 3 and all(line in text for line in printed), name
 
 
 def tokens_of_code(path):
