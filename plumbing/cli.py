@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import copy
 import inspect
-import math
 import re
 import runpy
 import sys
@@ -23,8 +22,9 @@ PAPER = Path(__file__).parent.parent / "recipes" / "paper.toml"
 CHOICES = {"objective": sso.PAIRS, "base_loss": sso.BASE_LOSSES, "roles": sso.COLUMNS}
 BOUNDS = {      # of numbers; the others are above 0, and whole ones at least 1
     "top_p": (1e-12, 1), "warmup": (0, 1), "recompute_layers": (0, 1), "compile": (0, 1),
-    "micro_batch_tokens": (0, math.inf),
-    "temperature": (0, math.inf), "gamma": (0, math.inf), "weight_decay": (0, math.inf)}
+    "long": (0, 1), "memory": (0, 1), "seed": (0, 2**40), "rounds": (0, 1000),
+    **dict.fromkeys(("micro_batch_tokens", "temperature", "gamma", "weight_decay", "answers"),
+                    (0, 10**9))}
 
 
 # ---- Recipes -------------------------------------------------------------------------------------
@@ -113,13 +113,15 @@ def stage_settings(recipe, stage):
             continue
         if not isinstance(value, (int, float)):
             raise UserError(f"{flag} is no number")
-        least = 1 if isinstance(value, int) else 1e-12
-        least, most = BOUNDS.get(key, (least, math.inf))
-        if key == "seed":
-            least, most = 0, 2**40
-        if not least <= value <= most or math.isinf(value):
-            raise UserError(f"{flag} is not between {least} and {most}")
+        check_number(flag, key, value)
     return settings
+
+
+def check_number(flag, name, value):
+    """UserError if a number is out of its range."""
+    least, most = BOUNDS.get(name, (1 if isinstance(value, int) else 1e-12, 10**9))
+    if not least <= value <= most:
+        raise UserError(f"{flag} is not between {least} and {most}")
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -153,8 +155,6 @@ HELP = {        # of flags that are no settings: the parameters of commands
     "files": "JSONL", "folders": "of runs of run.py",
 }
 SEVERAL = ("files", "folders", "roles")
-FLAG_BOUNDS = {"seed": (0, 2**40), "long": (0, 1), "memory": (0, 1), "answers": (0, 10**9),
-               "rounds": (0, 1000)}     # of flags that are no settings; the others as settings
 
 
 def comments():
@@ -237,7 +237,9 @@ def main(description, *commands, without_model=None):
     for name in [name for name in args if "." in name]:
         section, key = name.split(".")
         recipe[section][key] = args.pop(name)
-    check_numbers(args)
+    for name, value in args.items():
+        if isinstance(value, (int, float)):
+            check_number(f"--{name.replace('_', '-')} {value}", name, value)
     if "recipe" in args:
         args["recipe"] = recipe
     with contextlib.ExitStack() as lock:
@@ -245,14 +247,6 @@ def main(description, *commands, without_model=None):
             annotation = inspect.signature(function).parameters["out"].annotation
             lock.enter_context(locked(args["out"], is_folder=annotation is Path))
         function(**args)
-
-
-def check_numbers(args):
-    """UserError if a number that is no setting is out of its range."""
-    for name, value in args.items():
-        least, most = FLAG_BOUNDS.get(name, (1 if isinstance(value, int) else 1e-12, 10**9))
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not between {least} and {most}")
 
 
 # ---- A grader ------------------------------------------------------------------------------------
