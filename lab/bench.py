@@ -14,13 +14,11 @@ import ctypes
 import gc
 import math
 import random
-import re
 import statistics
 import tempfile
 import time
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -171,28 +169,18 @@ def timed(run):
     return time.perf_counter() - began
 
 
-def largest_resident():
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
-
-
 def peak_memory(run):
-    """GiB at the peak of a run above those before it: of torch's allocator on CUDA, else of the
-    process."""
+    """GiB at the peak of a run above those before it."""
     gc.collect()
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        peak = torch.cuda.max_memory_allocated()
-    else:
+    if not CUDA:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 2**17)     # tensors in pages of their own, given back as soon as they can
         libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")   # the high-water mark falls to what is held
-        before = largest_resident()
-        run()
-        peak = largest_resident()
+    results.begin_peak()
+    before = results.peak_bytes()
+    run()
+    peak = results.peak_bytes()
+    if not CUDA:
         libc.mallopt(-3, 2**25)     # as it comes to be by itself
     return (peak - before) / 2**30
 

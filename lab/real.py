@@ -107,17 +107,6 @@ def base(model, out: Path, chats: int = 1600, lr: float = 2e-4, batch_size: int 
 
 # ---- Costs of a step -----------------------------------------------------------------------------
 
-def peak_bytes():
-    """The most memory since the last call: of the card, or resident of this process."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-    status = Path("/proc/self/status").read_text()
-    Path("/proc/self/clear_refs").write_text("5")           # begins the peak anew
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
-
-
 class Costs:
     """What steps took, kept in a file. A step that was complete before takes no time, and what it
     took at first stays; of one that was interrupted, the costs are those of its end."""
@@ -128,11 +117,11 @@ class Costs:
             self.steps = json.loads(self.path.read_text())
 
     def measure(self, name, step, *args, **options):
-        peak_bytes()
+        results.begin_peak()
         began = time.time()
         step(*args, **options)
         if name not in self.steps:
-            self.steps[name] = {"seconds": time.time() - began, "peak bytes": peak_bytes()}
+            self.steps[name] = {"seconds": time.time() - began, "peak bytes": results.peak_bytes()}
             self.save()
 
     def train(self, name, stage, model, data, out, recipe):

@@ -1,8 +1,9 @@
-"""A file in results/: numbers, and where they come from."""
+"""A file in results/: numbers, and where they come from. And peak memory."""
 
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,20 @@ def write(path, **numbers):
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "transformers": transformers.__version__}}
     files.write_text(path, json.dumps(origin | numbers, indent=1) + "\n")
+
+
+def begin_peak():
+    """Begin the peak of memory anew, at what is held."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes():
+    """The most memory since `begin_peak`: of torch's allocator on CUDA, else resident of the
+    process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])

@@ -2,6 +2,7 @@
 timed."""
 
 import statistics
+import json
 import sys
 from importlib.util import find_spec
 
@@ -243,12 +244,16 @@ def test_the_tables(small, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags, name", [("--answers 0 --repeats 1", "policy step"),
                                          ("--memory 1", "logits of every position")])
-def test_the_commands(small, capsys, monkeypatch, flags, name):
+def test_the_commands(small, tmp_path, capsys, monkeypatch, flags, name):
     monkeypatch.delitem(sys.modules, "lab.bench")       # runpy warns of a module it runs again
-    run_here(f"python -m lab.bench --model {small} --queries 1 {flags}", monkeypatch)
+    kept = tmp_path / "bench.json"
+    run_here(f"python -m lab.bench --model {small} --queries 1 --results-file {kept} {flags}", monkeypatch)
     printed = capsys.readouterr().out
     assert f"| {name} " in printed
     assert "| sampling" not in printed
+    found = json.loads(kept.read_text())
+    rows, = found["tables"]
+    assert f"{rows[name]['extra GiB']:.3f}" in printed and found["versions"]["torch"] == torch.__version__
 
 
 def test_the_default_is_qwens_shape_and_about_one_in_250_random_tokens_ends(monkeypatch):
