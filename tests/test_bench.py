@@ -1,8 +1,8 @@
 """The benchmark: that what it compares is the same work, and that it counts right. Nothing here is
 timed."""
 
-import statistics
 import json
+import statistics
 import sys
 from importlib.util import find_spec
 
