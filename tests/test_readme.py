@@ -142,6 +142,15 @@ def test_the_tables_of_costs_are_those_of_the_committed_benchmark(capsys):
         assert len(printed) > 3 and all(line in text for line in printed), name
 
 
+def test_the_steps_of_the_runs_on_real_weights_cost_what_the_committed_files_say():
+    text = (ROOT / "COSTS.md").read_text("utf-8")
+    for name in ("miniature.json", "figure3-smollm2.json"):
+        for step, cost in results_of(name)["seeds"]["1"]["costs"].items():
+            speed = f"{cost['tokens a second']:.0f}" if "tokens a second" in cost else "-"
+            cells = [step, f"{cost['seconds'] / 60:.1f}", speed, f"{cost['peak bytes'] / 1e9:.1f}"]
+            assert any([cell.strip() for cell in line.split("|")[1:-1]] == cells for line in text.splitlines()), step
+
+
 def tokens_of_code(path):
     """Names, operators and literals of a Python file; not comments, docstrings and line breaks."""
     text, documentation = path.read_text(encoding="utf-8"), set()
