@@ -261,8 +261,8 @@ def ways(model, principles, grader, recipe, out: Path, count: int = 100):
         generate.responses(model, plain, path, own, ("good", "bad"))
         pairs = files.read_jsonl(path)
         rows[name] = evaluation.measure_quality(pairs, sso.PAIRS["policy"]["L"], critic)
-    report = {"rows": rows, "model": Path(model).name, "seed": recipe["run"]["seed"]}
-    files.write_text(Path(out, "report.json"), json.dumps(report, indent=1))
+    results.write(out / "report.json", rows=rows, model=Path(model).name,
+                  seed=recipe["run"]["seed"])
     print_table(rows, ["y+", "yo", "y-", "accuracy", "y+ over yo"])
 
 
