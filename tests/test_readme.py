@@ -187,7 +187,7 @@ def test_every_other_command_of_the_readme(toy_base, qwen3, small_study, tmp_pat
     """In the order of the README, with a toy base trained for seconds, few queries, a tiny checkpoint for Qwen, and a
     study of one seed and one round."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("data", "recipes", "lab"):
+    for folder in ("data", "recipes", "lab", "results"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     write_jsonl(tmp_path / "data/queries.jsonl", files.read_jsonl(ROOT / "data/queries.jsonl")[:12])
     chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in "abcdefgh"]
