@@ -92,7 +92,8 @@ def test_the_tables_of_the_runs_on_real_weights_are_those_of_the_committed_files
         found |= set(cells_of(results))
     # What the prose says is a cell of the files, or a paired difference in them.
     said = re.findall(r"[-−]?\d\.\d{3}\s±\s\d\.\d{3}", re.sub(r"(?m)^\|.*$", "", text))
-    assert len(said) > 4 and {" ".join(each.split()).replace("−", "-") for each in said} <= found
+    assert len(said) > 4 and {" ".join(each.split()).replace("−", "-") for each in said} <= found | {f"-{each}" for each in found} | {
+        each[1:] for each in found if each.startswith("-")}
 
 
 def cells_of(results):
