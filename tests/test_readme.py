@@ -90,10 +90,19 @@ def test_the_tables_of_the_runs_on_real_weights_are_those_of_the_committed_files
             for step in run_of_it["costs"].values():
                 assert step["seconds"] >= 0 and step["peak bytes"] > 1e8
         found |= set(cells_of(results))
+    found |= set(cells_of(results_of("ways.json")))
     # What the prose says is a cell of the files, or a paired difference in them.
     said = re.findall(r"[-−]?\d\.\d{3}\s±\s\d\.\d{3}", re.sub(r"(?m)^\|.*$", "", text))
     assert len(said) > 4 and {" ".join(each.split()).replace("−", "-") for each in said} <= found | {f"-{each}" for each in found} | {
         each[1:] for each in found if each.startswith("-")}
+
+
+def test_the_ways_of_giving_a_principle_are_those_of_the_committed_file(capsys):
+    text = (ROOT / "RESULTS.md").read_text("utf-8")
+    for rows in results_of("ways.json")["all seeds"].values():
+        print_table(rows, ["y+", "yo", "y-", "accuracy", "y+ over yo"])
+        printed = table_lines(capsys.readouterr().out)
+        assert len(printed) == 6 and all(line in text for line in printed)
 
 
 def cells_of(results):
