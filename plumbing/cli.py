@@ -119,7 +119,8 @@ def stage_settings(recipe, stage):
 
 def check_number(flag, name, value):
     """UserError if a number is out of its range."""
-    least, most = BOUNDS.get(name, (1 if isinstance(value, int) else 1e-12, 10**9))
+    usual = (1, 10**9) if isinstance(value, int) else (1e-12, 1e300)
+    least, most = BOUNDS.get(name, usual)
     if not least <= value <= most:
         raise UserError(f"{flag} is not between {least} and {most}")
 
