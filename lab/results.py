@@ -14,6 +14,8 @@ import transformers
 from plumbing import files
 from plumbing.chat import device
 
+PROCESS = Path("/proc/self")        # of Linux alone
+
 
 def write(path, **numbers):
     """Write a file of results. Its command is the one that runs now."""
@@ -33,14 +35,16 @@ def begin_peak():
     """Begin the peak of memory anew, at what is held."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+    elif PROCESS.exists():
+        (PROCESS / "clear_refs").write_text("5")
 
 
 def peak_bytes():
     """The most memory since `begin_peak`: of torch's allocator on CUDA, else resident of the
-    process."""
+    process; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
+    if not PROCESS.exists():
+        return None
+    status = (PROCESS / "status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
