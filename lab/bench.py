@@ -3,6 +3,7 @@
     python -m lab.bench              # Qwen2.5-0.5B's shape, two of its layers, random weights
     python -m lab.bench --layers 24 --vs trl    # all of them, beside TRL (pip install trl==1.16.0)
     python -m lab.bench --model M    # a checkpoint: its answers end where it ends them
+    python -m lab.bench --model M --vs transformers     # sampling alone
     python -m lab.bench --memory 1   # peak memory of a pair: 2,500 tokens, 1,000 of them response
 
 Lengths are quantiles of a realistic distribution, shuffled: query 50-400 tokens, principle 100-200,
@@ -23,7 +24,8 @@ from importlib.util import find_spec
 import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM,
+                          TemperatureLogitsWarper, TopPLogitsWarper)
 
 import sso
 import train
@@ -277,19 +279,28 @@ def prompts_to_sample(chat, count, templates):
 
 
 def sampling_works(chat, prompts, settings):
-    """{name: function} of sampling: as generate.py samples, and by a plain loop over `generate` in
-    batches of 16."""
-    options = {"do_sample": True, "temperature": settings["temperature"],
-               "top_p": settings["top_p"], "top_k": 0}
+    """{name: function} of sampling: as generate.py samples; the greedy choice instead; a plain loop
+    over `generate` in batches of 16; top-p by transformers."""
+    temperature, top_p = settings["temperature"], settings["top_p"]
+    options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    whole_sort = LogitsProcessorList([TemperatureLogitsWarper(temperature),
+                                      TopPLogitsWarper(top_p)])
+    library = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+               "logits_processor": whole_sort}
 
-    def run(decode, prompts, size):
+    def run(decode, prompts, size, options):
         for start in range(0, len(prompts), size):
             decode(chat, prompts[start:start + size], 0, settings["max_new_tokens"], options)
 
     longest_first = sorted(prompts, key=len, reverse=True)
     size = settings["batch_size"] * sampling.batches_at_once
-    return {"sampling": partial(run, sampling.decode, longest_first, size),
-            "sampling, naive": partial(run, sampling.decode_static, prompts, 16)}
+    works = {"sampling": partial(run, sampling.decode, longest_first, size, options),
+             "greedy": partial(run, sampling.decode, longest_first, size, {"do_sample": False})}
+    static = sampling.decode_static
+    works["sampling, naive"] = partial(run, static, prompts, 16, options)
+    works["sampling, naive, top-p of transformers"] = partial(run, static, prompts, 16, library)
+    works["sampling, top-p of transformers"] = partial(run, static, longest_first, size, library)
+    return works
 
 
 def pair_memory(chat):
@@ -376,16 +387,16 @@ def trl_works(chat, queries, settings):
 
 # ---- Command line --------------------------------------------------------------------------------
 
-cli.CHOICES["vs"] = ["trl"]
+cli.CHOICES["vs"] = ["trl", "transformers"]
 cli.HELP |= {"layers": "of the random model (2)", "queries": "of a step (2)",
              "answers": "to sample; 0: none (16)", "repeats": "of each measurement (3)",
-             "vs": "beside this peer, instead", "memory": "1: peak memory of a pair, instead"}
+             "vs": "this peer alone: trl in training, transformers in sampling", "memory": "1: peak memory of a pair, instead"}
 
 
 def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 16,
           repeats: int = 3, vs=None, memory: int = 0, results_file=None):
     """Measure, and print tables."""
-    if vs and find_spec("trl") is None:
+    if vs == "trl" and find_spec("trl") is None:
         raise files.UserError("--vs trl: TRL is not installed: pip install trl==1.16.0")
     print(f"{model}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     chat = load(model, layers)
@@ -397,14 +408,15 @@ def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 
         return
     generator = recipe["generator"]
     work = workload(queries, chat, recipe["run"]["seed"])
-    if vs:
+    tables = []
+    if vs == "trl":
         check_losses(partial(load, model, layers), generator)
-        tables = [trl_works(chat, work, generator)]
-    else:
-        tables = [training_works(chat, work, generator)]
-        if answers:
-            prompts = prompts_to_sample(chat, answers, recipe["prompts"])
-            tables.append(sampling_works(chat, prompts, recipe["responses"]))
+        tables.append(trl_works(chat, work, generator))
+    if not vs:
+        tables.append(training_works(chat, work, generator))
+    if answers and vs != "trl":
+        prompts = prompts_to_sample(chat, answers, recipe["prompts"])
+        tables.append(sampling_works(chat, prompts, recipe["responses"]))
     tables = [measure(works, repeats) for works in tables]
     for rows in tables:
         print_table(rows, COLUMNS)
@@ -413,4 +425,4 @@ def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("bench", bench, []))
+    cli.run(__doc__, ("bench", bench, ["responses"]))

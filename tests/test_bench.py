@@ -236,21 +236,23 @@ def test_the_tables(small, capsys, monkeypatch):
                  "generator step: plain form, sso.pair_logps",
                  "generator step: one query at a time",
                  "generator step: the authors' scheme, with its reference",
-                 "sampling", "sampling, naive"):
+                 "sampling", "greedy", "sampling, naive", "sampling, top-p of transformers"):
         assert f"| {name} " in printed
     for column in ("ms", "ratio", "TFLOP", "share of peak", "extra GiB"):
         assert f" {column} " in printed
 
 
-@pytest.mark.parametrize("flags, name", [("--answers 0 --repeats 1", "policy step"),
-                                         ("--memory 1", "logits of every position")])
-def test_the_commands(small, tmp_path, capsys, monkeypatch, flags, name):
+@pytest.mark.parametrize("flags, name, absent", [
+    ("--answers 0 --repeats 1", "policy step", "sampling"),
+    ("--memory 1", "logits of every position", "sampling"),
+    ("--vs transformers --answers 2 --max-new-tokens 4 --repeats 1", "sampling, top-p of transformers", "policy step")])
+def test_the_commands(small, tmp_path, capsys, monkeypatch, flags, name, absent):
     monkeypatch.delitem(sys.modules, "lab.bench")       # runpy warns of a module it runs again
     kept = tmp_path / "bench.json"
     run_here(f"python -m lab.bench --model {small} --queries 1 --results-file {kept} {flags}", monkeypatch)
     printed = capsys.readouterr().out
     assert f"| {name} " in printed
-    assert "| sampling" not in printed
+    assert f"| {absent}" not in printed
     found = json.loads(kept.read_text())
     rows, = found["tables"]
     assert f"{rows[name]['extra GiB']:.3f}" in printed and found["versions"]["torch"] == torch.__version__

@@ -18,7 +18,7 @@ from conftest import ROOT, run_here, write_jsonl
 import eval as evaluation
 import sso
 import train
-from lab import study, toy
+from lab import bench, study, toy
 from plumbing import cli, files
 from plumbing.tables import print_table, show
 
@@ -150,6 +150,14 @@ def test_the_table_of_peak_memory_is_that_of_the_committed_benchmark(capsys):
     assert len(printed) > 3 and all(line in (ROOT / "COSTS.md").read_text("utf-8") for line in printed)
 
 
+@pytest.mark.parametrize("name", ["bench", "bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling-16",
+                                  "bench-smollm2-sampling-64", "bench-toy"])
+def test_the_tables_of_the_benchmark_are_those_of_the_committed_files(name, capsys):
+    for rows in results_of(f"{name}.json")["tables"]:
+        print_table(rows, bench.COLUMNS)
+        assert len(rows) > 1 and capsys.readouterr().out in (ROOT / "COSTS.md").read_text("utf-8")
+
+
 def test_the_steps_of_the_runs_on_real_weights_cost_what_the_committed_files_say():
     text = (ROOT / "COSTS.md").read_text("utf-8")
     for name in ("miniature.json", "figure3-smollm2.json"):
@@ -170,9 +178,22 @@ def tokens_of_code(path):
     return sum(token.type not in no_code and token.start[0] not in documentation for token in tokens)
 
 
+def test_the_shortened_worked_example_is_of_what_sso_prints(capsys):
+    """In its order; but for the last digits, which are those of one machine."""
+    example, = re.findall(r"Shortened:\n\n```\n(.*?)```", README, re.DOTALL)
+    sso.worked_example()
+    printed = re.sub(r"\d\.\d+", "#", capsys.readouterr().out)
+    at = 0
+    for part in re.sub(r"\d\.\d+", "#", example).split("...\n"):
+        for line in part.splitlines(keepends=True):
+            assert line in printed[at:], line
+            at = printed.index(line, at) + len(line)
+
+
 def test_the_readmes_objective_and_loss_of_ones_own_run(toy_base, tmp_path, monkeypatch):
-    """Both blocks of Python, as they stand there, in the toy world with few queries; SimPO scores no reference."""
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """The blocks of Python of README and guide, as they stand there, in the toy world with few queries; SimPO scores no
+    reference."""
+    blocks = re.findall(r"```python\n(.*?)```", README + GUIDE, re.DOTALL)
     assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
@@ -187,6 +208,8 @@ def test_the_readmes_objective_and_loss_of_ones_own_run(toy_base, tmp_path, monk
     exec(blocks[0], {})
     made_from = json.loads((tmp_path / "runs/mine/generator/args.json").read_text())
     assert made_from["objective"] == "mine" and "mine" in json.loads((tmp_path / "runs/mine/report.json").read_text())
+    first = files.read_jsonl(tmp_path / "runs/hinge/policy/log.jsonl", needs=())[0]
+    assert first["base"] == 1.0                     # max(0, 1 - 0): policy = reference
     monkeypatch.setattr(train, "score", None)       # what would score the reference
     exec(blocks[1], {})
     made_from = json.loads((tmp_path / "runs/simpo/policy/args.json").read_text())
