@@ -195,11 +195,24 @@ def peak_flops():
     return 2 * size ** 3 / min(timed(lambda: matrix @ matrix) for _ in range(5))
 
 
+def grouped(formula, query):
+    """A formula of attention, also for keys and values of fewer heads than the query's, which that
+    of torch 2.11 refuses. `query` is the query's place among the arguments."""
+    def flop(*args, **others):
+        args = list(args)
+        heads = args[query].shape[1]
+        for i in (query + 1, query + 2):
+            batch, _, *rest = args[i].shape
+            args[i] = torch.Size([batch, heads, *rest])
+        return formula(*args, **others)
+    return flop
+
+
 aten = torch.ops.aten
 COUNTED = {     # what torch's counter leaves out
     aten.addmm_: addmm_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop}
+    aten._scaled_dot_product_flash_attention_for_cpu: grouped(sdpa_flop, 0),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: grouped(sdpa_backward_flop, 1)}
 
 
 def measure(works, repeats):

@@ -179,15 +179,17 @@ def test_a_step_is_one_of_training(qwen3, queries):
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
-def test_flops_are_those_executed_with_what_torch_leaves_out(monkeypatch):
+@pytest.mark.parametrize("heads", [1, 2])        # of keys and values, for two of the queries
+def test_flops_are_those_executed_with_what_torch_leaves_out(monkeypatch, heads):
     monkeypatch.setattr(bench, "peak_flops", lambda: 1e12)
     a = torch.randn(8, 16)
     q = torch.randn(1, 2, 64, 32, requires_grad=True)
+    k = torch.randn(1, heads, 64, 32, requires_grad=True)
     mask = torch.ones(64, 64, dtype=torch.bool).tril()
 
     def work():
         torch.zeros(8, 8).addmm_(a, a.T)
-        attended = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask, enable_gqa=True)
         attended.sum().backward()
 
     row = bench.measure({"it": work}, repeats=1)["it"]
