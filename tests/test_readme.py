@@ -174,8 +174,16 @@ def tokens_of_code(path):
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             documentation |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     no_code = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return sum(token.type not in no_code and token.start[0] not in documentation for token in tokens)
+    count = depth = 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind = tokenize.tok_name[token.type]        # an f-string is one token, as it is before Python 3.12
+        if kind == "FSTRING_END":
+            depth -= 1
+        elif depth == 0 and token.type not in no_code and token.start[0] not in documentation:
+            count += 1
+        if kind == "FSTRING_START":
+            depth += 1
+    return count
 
 
 def test_the_shortened_worked_example_is_of_what_sso_prints(capsys):
