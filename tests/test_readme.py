@@ -76,6 +76,17 @@ def test_the_readmes_five_rows_are_those_of_the_committed_first_run(capsys):
     assert len(printed) == 9 and all(line in README for line in printed)
 
 
+def test_what_the_readmes_commands_gave_on_smollm2_is_in_the_committed_file(capsys):
+    found, text = results_of("smollm2-run.json"), (ROOT / "RESULTS.md").read_text("utf-8")
+    evaluation.print_report(found["rows"])
+    for measures in found["preflight"].values():
+        evaluation.print_preflight(measures)
+    printed = table_lines(capsys.readouterr().out)
+    assert len(printed) == 15 and all(line in text for line in printed)
+    assert f"{found['seconds'] / 60:.0f} minutes, {found['peak bytes'] / 1e9:.1f} GB" in README
+    assert found["command"] in README and found["principles"] in text
+
+
 def test_the_tables_of_the_runs_on_real_weights_are_those_of_the_committed_files(capsys):
     text = (ROOT / "RESULTS.md").read_text("utf-8").split("# The toy world")[0]
     columns = ["quality", "accuracy", "p(chosen)", "p(rejected)", "policy's p(original)"]
