@@ -14,7 +14,7 @@ import transformers
 from plumbing import files
 from plumbing.chat import device
 
-PROCESS = Path("/proc/self")        # of Linux alone
+PROCESS = Path("/proc/self")        # what Linux tells of this process; nobody else does
 
 
 def write(path, **numbers):
