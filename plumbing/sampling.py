@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 from transformers import (ContinuousBatchingConfig, GenerationConfig, LogitsProcessor,
                           LogitsProcessorList, StoppingCriteria)
+from transformers.cache_utils import DynamicLayer
 
 import sso
 from plumbing import server as servers
@@ -67,7 +68,37 @@ class TopP(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, tokens, likeliest)
 
 
-def decode_static(chat, prompts, seed, limit, options):
+class RoomyLayer(DynamicLayer):
+    """The cache of a layer for N rows that begin with the same P tokens. It has room for what is to
+    come: a new token is written behind those before, which DynamicLayer copies for each token."""
+
+    def __init__(self, keys, values, n_rows, room):                 # (1, H, P, D) each
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        _, heads, length, size = keys.shape
+        self.all_keys = keys.new_empty(n_rows, heads, length + room, size)
+        self.all_values = values.new_empty(n_rows, heads, length + room, values.shape[3])
+        self.keys = self.all_keys[:, :, :0]
+        self.update(keys, values)
+
+    def update(self, key_states, value_states, *args, **others):    # (N or 1, H, T, D)
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        self.all_keys[:, :, start:end] = key_states
+        self.all_values[:, :, start:end] = value_states
+        self.keys, self.values = self.all_keys[:, :, :end], self.all_values[:, :, :end]
+        return self.keys, self.values
+
+
+def for_rows(layer, n_rows, room):
+    """A layer of the cache of one row for N rows, with room if it is of the common kind."""
+    if type(layer) is DynamicLayer:
+        return RoomyLayer(layer.keys, layer.values, n_rows, room)
+    layer.batch_repeat_interleave(n_rows)       # a sliding window, or a state of fixed size
+    return layer
+
+
+def decode_static(chat, prompts, seed, limit, options, for_rows=for_rows):
     """New ids of N prompts of token ids, all decoded together until the longest answer ends: N
     lists. What all prompts begin with, P tokens such as worked examples, is read but once."""
     shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
@@ -83,7 +114,8 @@ def decode_static(chat, prompts, seed, limit, options):
     if shared:
         cache = chat.model(input_ids=input_ids[:1, :len(shared)].to(device), use_cache=True,
                            logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(prompts))
+        room = width - len(shared) + limit
+        cache.layers = [for_rows(layer, len(prompts), room) for layer in cache.layers]
         options = options | {"past_key_values": cache}
     if options["do_sample"] and options["top_p"] < 1:
         top_p = TopP(options["temperature"], options["top_p"])

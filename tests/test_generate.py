@@ -427,6 +427,23 @@ def test_what_prompts_begin_with_is_read_once(checkpoint):
     assert twins == sample(chat, CHATS[:1], 0, GREEDY).responses * 2
 
 
+def test_a_new_token_copies_none_before_it(checkpoint):
+    """All keys stay where they are: the cache of a layer is the same memory from step to step."""
+    chat = load_sampler(checkpoint)
+    places, forward = [], chat.model.forward
+
+    @functools.wraps(forward)
+    def spy(*args, **options):
+        output = forward(*args, **options)
+        places.append([layer.keys.data_ptr() for layer in output.past_key_values.layers])
+        return output
+
+    chat.model.forward = spy
+    sample(chat, CHATS, 0, GREEDY)
+    first, *later = places[1:]              # behind the pass over what the prompts share
+    assert len(later) > 3 and later == [first] * len(later)
+
+
 def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
     texts = ["a\u2028b\x85c\r\nd", "zwei\nZeilen"]
     path = tmp_path / "q.jsonl"
