@@ -11,6 +11,7 @@ response log-normal of mean 250 and sd 200, 2,048 at most. What is compared take
 printed.
 """
 
+import copy
 import ctypes
 import gc
 import math
@@ -278,22 +279,34 @@ def training_works(chat, queries, settings):
     return works
 
 
-def prompts_to_sample(chat, count, templates):
-    """Prompts of token ids: of the queries of data/, or of the toy world's. Without a tokenizer
-    they are random."""
+def prompts_to_sample(chat, count, templates, worked_examples=False):
+    """Prompts of token ids: the queries of data/, or the toy world's, alone or behind the worked
+    examples of step 1. Without a tokenizer they are random."""
     if chat.tokenizer is None:
         return [prompts["original"] for prompts, _ in workload(count, chat)]
     if templates == toy.PROMPTS:
         records, _ = toy.make_records()
     else:
         records = files.read_queries("data/queries.jsonl")
-    return [sso.encode_prompt(chat.tokenizer, files.as_messages("prompt", record["prompt"]))
-            for record in records[:count]]
+    prompts = []
+    for record in records[:count]:
+        messages = files.as_messages("prompt", record["prompt"])
+        if worked_examples:
+            messages = sso.principle_messages(messages[0]["content"], templates)
+        prompts.append(sso.encode_prompt(chat.tokenizer, messages))
+    return prompts
+
+
+def growing(layer, n_rows, room):
+    """In place of `sampling.for_rows`: the library's cache, copied for each token."""
+    layer.batch_repeat_interleave(n_rows)
+    return layer
 
 
 def sampling_works(chat, prompts, settings):
-    """{name: function} of sampling: as generate.py samples; the greedy choice instead; a plain loop
-    over `generate` in batches of 16; top-p by transformers."""
+    """{name: function} of sampling: as generate.py samples; the greedy choice instead; all in one
+    batch; the library's cache; bf16; a plain loop over `generate` in batches of 16; top-p by
+    transformers."""
     temperature, top_p = settings["temperature"], settings["top_p"]
     options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     whole_sort = LogitsProcessorList([TemperatureLogitsWarper(temperature),
@@ -301,18 +314,24 @@ def sampling_works(chat, prompts, settings):
     library = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
                "logits_processor": whole_sort}
 
-    def run(decode, prompts, size, options):
+    def run(decode, prompts, size, options, chat=chat):
         for start in range(0, len(prompts), size):
             decode(chat, prompts[start:start + size], 0, settings["max_new_tokens"], options)
 
     longest_first = sorted(prompts, key=len, reverse=True)
     size = settings["batch_size"] * sampling.batches_at_once
-    works = {"sampling": partial(run, sampling.decode, longest_first, size, options),
-             "greedy": partial(run, sampling.decode, longest_first, size, {"do_sample": False})}
     static = sampling.decode_static
-    works["sampling, naive"] = partial(run, static, prompts, 16, options)
-    works["sampling, naive, top-p of transformers"] = partial(run, static, prompts, 16, library)
-    works["sampling, top-p of transformers"] = partial(run, static, longest_first, size, library)
+    copying = partial(static, for_rows=growing)
+    works = {"sampling": partial(run, sampling.decode, longest_first, size, options),
+             "greedy": partial(run, sampling.decode, longest_first, size, {"do_sample": False}),
+             "sampling, in one batch": partial(run, static, longest_first, len(prompts), options),
+             "sampling, a cache that is copied": partial(run, copying, longest_first, size, options),
+             "sampling, naive": partial(run, copying, prompts, 16, options),
+             "sampling, naive, top-p of transformers": partial(run, copying, prompts, 16, library),
+             "sampling, top-p of transformers": partial(run, static, longest_first, size, library)}
+    if not CUDA:
+        halved = chat._replace(model=copy.deepcopy(chat.model).bfloat16())
+        works["sampling, bf16"] = partial(run, static, longest_first, size, options, halved)
     return works
 
 
@@ -403,11 +422,13 @@ def trl_works(chat, queries, settings):
 cli.CHOICES["vs"] = ["trl", "transformers"]
 cli.HELP |= {"layers": "of the random model (2)", "queries": "of a step (2)",
              "answers": "to sample; 0: none (16)", "repeats": "of each measurement (3)",
-             "vs": "this peer alone: trl in training, transformers in sampling", "memory": "1: peak memory of a pair, instead"}
+             "vs": "this peer alone: trl in training, transformers in sampling",
+             "worked_examples": "1: sampling behind the worked examples of step 1",
+             "memory": "1: peak memory of a pair, instead"}
 
 
 def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 16,
-          repeats: int = 3, vs=None, memory: int = 0, results_file=None):
+          repeats: int = 3, vs=None, worked_examples: int = 0, memory: int = 0, results_file=None):
     """Measure, and print tables."""
     if vs == "trl" and find_spec("trl") is None:
         raise files.UserError("--vs trl: TRL is not installed: pip install trl==1.16.0")
@@ -428,7 +449,7 @@ def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 
     if not vs:
         tables.append(training_works(chat, work, generator))
     if answers and vs != "trl":
-        prompts = prompts_to_sample(chat, answers, recipe["prompts"])
+        prompts = prompts_to_sample(chat, answers, recipe["prompts"], worked_examples)
         tables.append(sampling_works(chat, prompts, recipe["responses"]))
     tables = [measure(works, repeats) for works in tables]
     for rows in tables:

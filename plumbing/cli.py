@@ -22,7 +22,8 @@ PAPER = Path(__file__).parent.parent / "recipes" / "paper.toml"
 CHOICES = {"objective": sso.PAIRS, "base_loss": sso.BASE_LOSSES, "roles": sso.COLUMNS}
 BOUNDS = {      # of numbers; the others are above 0, and whole ones at least 1
     "top_p": (1e-12, 1), "warmup": (0, 1), "recompute_layers": (0, 1), "compile": (0, 1),
-    "long": (0, 1), "memory": (0, 1), "seed": (0, 2**40), "rounds": (0, 1000),
+    "long": (0, 1), "memory": (0, 1), "worked_examples": (0, 1), "seed": (0, 2**40),
+    "rounds": (0, 1000),
     **dict.fromkeys(("micro_batch_tokens", "temperature", "gamma", "weight_decay", "answers"),
                     (0, 10**9))}
 

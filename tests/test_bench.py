@@ -13,7 +13,7 @@ import sso
 import train
 from conftest import PAPER, ROOT, command, make_checkpoint, run_here
 from lab import bench, toy
-from plumbing import cli, fast
+from plumbing import cli, fast, sampling
 from plumbing.chat import load_chat, score
 from plumbing.files import UserError
 
@@ -238,7 +238,8 @@ def test_the_tables(small, capsys, monkeypatch):
                  "generator step: plain form, sso.pair_logps",
                  "generator step: one query at a time",
                  "generator step: the authors' scheme, with its reference",
-                 "sampling", "greedy", "sampling, naive", "sampling, top-p of transformers"):
+                 "sampling", "greedy", "sampling, in one batch", "sampling, a cache that is copied",
+                 "sampling, naive", "sampling, top-p of transformers", "sampling, bf16"):
         assert f"| {name} " in printed
     for column in ("ms", "ratio", "TFLOP", "share of peak", "extra GiB"):
         assert f" {column} " in printed
@@ -247,7 +248,8 @@ def test_the_tables(small, capsys, monkeypatch):
 @pytest.mark.parametrize("flags, name, absent", [
     ("--answers 0 --repeats 1", "policy step", "sampling"),
     ("--memory 1", "logits of every position", "sampling"),
-    ("--vs transformers --answers 2 --max-new-tokens 4 --repeats 1", "sampling, top-p of transformers", "policy step")])
+    ("--vs transformers --answers 2 --max-new-tokens 4 --repeats 1", "sampling, top-p of transformers", "policy step"),
+    ("--vs transformers --worked-examples 1 --answers 1 --max-new-tokens 4 --repeats 1", "sampling, bf16", "policy step")])
 def test_the_commands(small, tmp_path, capsys, monkeypatch, flags, name, absent):
     monkeypatch.delitem(sys.modules, "lab.bench")       # runpy warns of a module it runs again
     kept = tmp_path / "bench.json"
@@ -288,8 +290,20 @@ def test_prompts_are_random_without_a_tokenizer_and_else_real(chat, monkeypatch)
     tokenizer = toy.make_tokenizer()
     prompts = bench.prompts_to_sample(chat._replace(tokenizer=tokenizer), 2, toy.PROMPTS)
     assert toy.make_queries()[0][0] in tokenizer.decode(prompts[0])
+    behind = bench.prompts_to_sample(chat, 1, PAPER["prompts"], worked_examples=True)
+    text = chat.tokenizer.decode(behind[0])
+    query = chat.tokenizer.decode(bench.prompts_to_sample(chat, 1, PAPER["prompts"])[0])
+    assert text.endswith(query.partition("user\n")[2])
+    assert all(example["query"] in text for example in PAPER["prompts"]["principles"]["examples"])
     random = bench.prompts_to_sample(chat._replace(tokenizer=None), 5, sso.PROMPTS)
     assert len(random) == 5 and max(max(random)) < chat.model.config.vocab_size
+
+
+def test_the_librarys_cache_gives_the_same_answers(chat, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    prompts, options = bench.prompts_to_sample(chat, 3, sso.PROMPTS), {"do_sample": True, "top_p": 0.9, "temperature": 1.0}
+    ours = sampling.decode_static(chat, prompts, 0, 8, options)
+    assert ours == sampling.decode_static(chat, prompts, 0, 8, options, for_rows=bench.growing)
 
 
 @pytest.mark.skipif(not find_spec("trl"), reason="TRL is not a dependency")
