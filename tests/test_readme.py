@@ -164,7 +164,7 @@ def test_the_table_of_peak_memory_is_that_of_the_committed_benchmark(capsys):
 
 
 @pytest.mark.parametrize("name", ["bench", "bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling",
-                                  "bench-toy"])
+                                  "bench-smollm2-step1", "bench-toy"])
 def test_the_tables_of_the_benchmark_are_those_of_the_committed_files(name, capsys):
     for rows in results_of(f"{name}.json")["tables"]:
         print_table(rows, bench.COLUMNS)
