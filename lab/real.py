@@ -255,7 +255,7 @@ def ways(model, principles, grader, recipe, out: Path, count: int = 100):
     rows = {}
     generate.responses(model, drawn, plain, recipe, ("original",))
     for name, prompts in WAYS.items():
-        own = cli.change(recipe, prompts={role: recipe["prompts"][role] | prompts
+        own = cli.change(recipe, prompts={role: sso.PROMPTS[role] | prompts
                                           for role in ("good", "bad")})
         path = Path(out, f"{name}.jsonl")
         generate.responses(model, plain, path, own, ("good", "bad"))

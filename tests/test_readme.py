@@ -118,6 +118,14 @@ def test_the_ways_of_giving_a_principle_are_those_of_the_committed_file(capsys):
         assert len(printed) == 6 and all(line in text for line in printed)
 
 
+def test_step_1_by_reason_is_that_of_the_committed_file(capsys):
+    rows = results_of("step1.json")["rows"]
+    assert len(rows) == 2 and all(sum(row.values()) == 256 for row in rows.values())
+    print_table(rows, list(next(iter(rows.values()))))
+    printed = table_lines(capsys.readouterr().out)
+    assert len(printed) == 3 and all(line in (ROOT / "RESULTS.md").read_text("utf-8") for line in printed)
+
+
 def cells_of(results):
     """Every mean with its error in a file of results, as it is printed."""
     if isinstance(results, list):

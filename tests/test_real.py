@@ -94,7 +94,9 @@ def test_a_mixed_run_draws_its_queries_and_takes_principles_from_a_file(qwen3, t
 def test_ways_of_giving_a_principle_are_compared_on_the_same_queries(qwen3, tmp_path, capsys, monkeypatch):
     run_here(f"python -m lab.facts --out {tmp_path}", monkeypatch)
     run_here(f"python -m lab.real ways --model {qwen3} --principles {tmp_path / 'principles.jsonl'} "
-             f"--grader lab/facts.py --out {tmp_path / 'ways'} --count 4 --max-new-tokens 4", monkeypatch)
+             f"--grader lab/facts.py --recipe recipes/small.toml --out {tmp_path / 'ways'} --count 4 --max-new-tokens 4", monkeypatch)
+    notes = [(tmp_path / f"ways/{name}.jsonl.args.json").read_text() for name in ("paper", "query-principle")]
+    assert notes[0] != notes[1]         # the paper's way is that of sso.PROMPTS, whatever the recipe's is
     report = json.loads((tmp_path / "ways/report.json").read_text())
     assert list(report["rows"]) == list(cli.load_toml("lab/ways.toml"))
     asked = {tuple(record["prompt"][0]["content"] for record in files.read_jsonl(tmp_path / "ways" / f"{name}.jsonl"))
