@@ -14,9 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import sso
-from plumbing import cli
-from plumbing.chat import load_chat, score
-from plumbing.files import UserError, read_json, read_jsonl, read_responses
+from plumbing import command
+from plumbing.examples import read_responses
+from plumbing.grader import load_grader
+from plumbing.models import load_chat
+from plumbing.recipes import stage_settings
+from plumbing.records import UserError, read_json, read_jsonl
+from plumbing.scoring import score
 from plumbing.server import judge_by_text, load_server
 from plumbing.tables import print_table, stat
 
@@ -38,16 +42,14 @@ def load_critic(grader=None, judge=None, judge_pairs=JUDGE_PAIRS, prompts=sso.PR
     all, None for no critic."""
     if grader and judge:
         raise UserError("--grader and --judge exclude each other")
-    if judge_pairs < 1:
-        raise UserError("--judge-pairs is at least 1")
     if server and not judge:
         raise UserError("--server goes with --judge")
     if grader:
-        return partial(grader_marks, cli.load_grader(grader)), None
+        return partial(grader_marks, load_grader(grader)), None
     if server:
         return partial(judge_by_text, load_server(server, judge), prompts), judge_pairs
     if judge:
-        return partial(judge_marks, load_chat(judge), prompts), judge_pairs
+        return partial(judge_marks, load_chat(judge, "fast"), prompts), judge_pairs
     return None, None
 
 
@@ -55,7 +57,7 @@ def grader_marks(grade, comparisons):
     return [(grade(query, a), grade(query, b)) for query, a, b in comparisons]
 
 
-def judge_marks(chat, prompts, comparisons, budget=4096):
+def judge_marks(chat, prompts, comparisons):
     """A chat model names the better of two anonymous outputs, m or M, in both orders (Table 9). A
     mark is the share of the orders won: 0.5 each if they disagree. The probabilities of the two
     names are compared; no text is parsed."""
@@ -64,13 +66,13 @@ def judge_marks(chat, prompts, comparisons, budget=4096):
     for number, (query, a, b) in enumerate(comparisons, 1):
         orders = [sso.Pair(sso.judge_messages(query, a.text, b.text, prompts), winner=m, loser=M),
                   sso.Pair(sso.judge_messages(query, b.text, a.text, prompts), winner=M, loser=m)]
-        try:
-            examples.append([sso.encode_pair(chat.tokenizer, chat.end_id, order, chat.context)
-                             for order in orders])
-        except ValueError as error:
+        example = [sso.encode_pair(chat.tokenizer, chat.end_id, order, chat.context)
+                   for order in orders]
+        if not all(order.winner and order.loser for order in example):
             raise UserError(f"--judge: comparison {number}, of {query[:60]!r}, does not fit into "
-                            f"the judge's context of {chat.context} tokens ({error})") from None
-    (a_logps, b_logps), _ = score(chat, examples, budget, name="judge")     # (2 orders, N) each
+                            f"the judge's context of {chat.context} tokens")
+        examples.append(example)
+    (a_logps, b_logps), _ = score(chat, examples, name="judge")             # (2 orders, N) each
     a_wins = (a_logps > b_logps).sum(0) + (a_logps == b_logps).sum(0) / 2   # (N,)
     return [(wins / 2, 1 - wins / 2) for wins in a_wins.tolist()]
 
@@ -104,10 +106,9 @@ def comparisons_of(records, role_a, role_b):
 
 # ---- Pairs ---------------------------------------------------------------------------------------
 
-def probabilities(chat, path, records, role, recipe):
+def probabilities(chat, records, role, settings, prompts):
     """p(y) = exp(mean token log-prob) of a role's responses, under the policy without principle."""
-    settings = cli.stage_settings(recipe, "policy")
-    examples = read_responses(path, records, role, chat, settings["max_length"], recipe["prompts"])
+    examples = read_responses(records, role, chat, settings["max_length"], prompts)
     if not examples:
         return []
     logps, tokens = score(chat, examples, settings["micro_batch_tokens"])
@@ -122,11 +123,12 @@ def measure_pairs(path, policy, critic, recipe, objective="policy", limit=None, 
     roles = next(iter(sso.PAIRS[objective].values()))
     needs = ("prompt", *(sso.COLUMNS[role] for role in roles[1:]))
     records = draw(read_jsonl(path, needs), only)
-    chat = load_chat(policy)
+    settings = stage_settings(recipe, "policy")
+    chat = load_chat(policy, settings["logps"])
     measures = {"pairs": len(records)}
     for name, role in (("p(chosen)", roles.winner), ("p(rejected)", roles.loser),
                        ("p(original)", "original")):
-        values = probabilities(chat, path, records, role, recipe)
+        values = probabilities(chat, records, role, settings, recipe["prompts"])
         if values:
             measures[name] = stat(values)
     for role, symbol in SYMBOLS.items():
@@ -274,5 +276,4 @@ def print_report(rows):
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("preflight", preflight, []), ("pairs", pairs, []), ("answers", answers, []),
-            ("report", report, []))
+    command.run(__doc__, preflight, pairs, answers, report)

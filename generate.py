@@ -17,8 +17,12 @@ import random
 from collections import Counter
 
 import sso
-from plumbing import cli, files, sampling
-from plumbing.principles import begun_answer, cut, with_principles
+from plumbing import command, sampling
+from plumbing.examples import teaches_nothing
+from plumbing.outputs import Output, grow
+from plumbing.principles import begun_answer, check_form, cut, with_principles
+from plumbing.recipes import stage_settings
+from plumbing.records import UserError, as_lines, read_jsonl, read_queries, write_text
 from plumbing.sampling import load_sampler, sample
 
 
@@ -26,33 +30,36 @@ from plumbing.sampling import load_sampler, sample
 
 def principles(model, queries, out, recipe, server=None):
     """Write to OUT each query with a bad and a good principle, by a chat model."""
-    settings = cli.stage_settings(recipe, "principles")
+    settings = stage_settings(recipe, "principles")
     prompts = recipe["prompts"]
+    form = prompts["principles"]
+    check_form(form)
     texts = {name: prompts[name] for name in ("principles", "fallback_good", "fallback_bad")}
-    records = files.read_queries(queries)
-    output = files.Output(out, settings | texts | {"server": server},
-                          {"model": model, "queries": queries})
+    records = read_queries(queries)
+    output = Output(out, settings | texts | {"server": server},
+                    {"model": model, "queries": queries})
     if output.is_complete():
         print(f"{out}: complete")
         return
-    chat = load_sampler(model, server)
-    sampling.check_words(chat, records, queries)
+    asked = [sso.principle_messages(record["prompt"][0]["content"], prompts) for record in records]
+    sampler = load_sampler(model, server, probes=asked[:1])
     output.write_note()
 
-    def make(batch, seed):
-        asked = [sso.principle_messages(records[i]["prompt"][0]["content"], prompts) for i in batch]
-        end = prompts["principles"]["end"]
+    def make(batch):
+        """Two stages: the model goes on with an answer that is begun for it."""
+        messages = [asked[i] for i in batch]
         begun = [begun_answer(prompts=prompts)] * len(batch)
-        first = sample(chat, asked, seed, settings, begun, end)
+        seeds = [f"{settings['seed']} bad principle {i}" for i in batch]
+        first = sample(sampler, messages, seeds, settings, begun, form["end"])
         bad = [cut(answer.text, prompts) for answer in first.responses]
         begun = [begun_answer(principle, prompts) for principle in bad]
-        second = sample(chat, asked, seed + 1, settings, begun, end)
+        seeds = [f"{settings['seed']} good principle {i}" for i in batch]
+        second = sample(sampler, messages, seeds, settings, begun, form["end"])
         good = [cut(answer.text, prompts) for answer in second.responses]
         made = [with_principles(records[i], *pair, prompts) for i, *pair in zip(batch, bad, good)]
         return made, first.tokens + second.tokens
 
-    batch_size = sampling.batch_size(chat, settings)
-    made = files.grow(out, records, make, batch_size, settings["seed"])
+    made = grow(out, records, make, sampling.batch_size(sampler, settings))
     faults = Counter(record["fallback"] for record in made if record["fallback"])
     print(f"{out}: {len(made)} queries; with the fixed pair of principles: "
           f"{dict(faults) or 'none'}")
@@ -61,36 +68,35 @@ def principles(model, queries, out, recipe, server=None):
               f"  bad   {record['bad_principle']}")
 
 
-def written_principles(principles, queries, out, recipe):
+def written(principles, queries, out, recipe):
     """Step 1 without a model, from a file of principles.
 
     One with a prompt is that query's; of those without, two are drawn for each other query, and
     joined."""
-    seed = cli.stage_settings(recipe, "run")["seed"]
+    seed = stage_settings(recipe, "run")["seed"]
     keys = ("good_principle", "bad_principle")
     by_query, general = {}, []
-    for record in files.read_jsonl(principles, needs=keys):
+    for record in read_jsonl(principles, needs=keys):
         if "prompt" in record:
             by_query[record["prompt"][-1]["content"]] = record
         else:
             general.append(record)
     made = []
-    for number, record in enumerate(files.read_queries(queries), 1):
+    for number, record in enumerate(read_queries(queries), 1):
         query = record["prompt"][0]["content"]
         if query in by_query:
             chosen = [by_query[query]]
         elif len(general) >= 2:
             chosen = random.Random(f"{seed} {query}").sample(general, 2)
         else:
-            raise files.UserError(f"{queries}, line {number}: {principles} has no principles for "
-                                  "it")
+            raise UserError(f"{queries}, line {number}: {principles} has no principles for it")
         for key in keys:
             record[key] = " ".join(each[key] for each in chosen)
         made.append(record)
-    output = files.Output(out, {"seed": seed}, {"principles": principles, "queries": queries})
+    output = Output(out, {"seed": seed}, {"principles": principles, "queries": queries})
     if not output.is_complete():
         output.write_note()
-        files.write_text(out, files.as_lines(made))
+        write_text(out, as_lines(made))
 
 
 # ---- Step 2: responses ---------------------------------------------------------------------------
@@ -102,7 +108,7 @@ def check_principles(records, roles, path):
             for role in roles:
                 sso.role_messages(role, record)
         except ValueError as error:
-            raise files.UserError(f"{path}, line {number}: {error}") from None
+            raise UserError(f"{path}, line {number}: {error}") from None
 
 
 def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
@@ -110,20 +116,21 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
     """Write to OUT the records of PRINCIPLES with the model's responses to the prompts of some
     roles: y+ (chosen), y- (rejected), yo (original). Other columns stay. `originals`: yo for the
     first so many queries alone, those that a generator is trained on."""
-    settings = cli.stage_settings(recipe, "responses")
+    settings = stage_settings(recipe, "responses")
     prompts = recipe["prompts"]
-    records = files.read_jsonl(principles)
+    records = read_jsonl(principles)
     check_principles(records, roles, principles)
     texts = {role: prompts[role] for role in roles}
-    output = files.Output(out, settings | texts | {"originals": originals, "server": server},
-                          {"model": model, "principles": principles})
+    output = Output(out, settings | texts | {"originals": originals, "server": server},
+                    {"model": model, "principles": principles})
     if output.is_complete():
         print(f"{out}: complete")
         return
-    chat = load_sampler(model, server)
+    first = [sso.role_messages(role, records[0], prompts) for role in roles]
+    sampler = load_sampler(model, server, probes=first)
     output.write_note()
 
-    def make(batch, seed):
+    def make(batch):
         made = {i: dict(records[i]) for i in batch}
         tokens = 0
         for role in roles:
@@ -131,7 +138,8 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
             if role == "original" and originals is not None:
                 asked = [i for i in batch if i < originals]
             messages = [sso.role_messages(role, records[i], prompts) for i in asked]
-            answers = sample(chat, messages, seed + list(sso.COLUMNS).index(role), settings)
+            seeds = [f"{settings['seed']} {role} {i}" for i in asked]
+            answers = sample(sampler, messages, seeds, settings)
             for i, response in zip(asked, answers.responses):
                 column = sso.COLUMNS[role]
                 made[i][column] = [{"role": "assistant", "content": response.text}]
@@ -139,15 +147,12 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
             tokens += answers.tokens
         return list(made.values()), tokens
 
-    batch_size = sampling.batch_size(chat, settings)
-    made = files.grow(out, records, make, batch_size, settings["seed"])
+    made = grow(out, records, make, sampling.batch_size(sampler, settings))
     if {"chosen", "rejected"} <= made[0].keys():
-        reasons = [files.teaches_nothing(sso.preference_pairs(record, "policy")) for record in made]
-        useless = Counter(reason for reason in reasons if reason)
-        print(f"{out}: {len(made)} pairs; of no use in training: {dict(useless) or 'none'}")
+        reasons = [teaches_nothing(sso.preference_pairs(record, "policy")) for record in made]
+        skipped = Counter(reason for reason in reasons if reason)
+        print(f"{out}: {len(made)} pairs; skipped in training: {dict(skipped) or 'none'}")
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("principles", principles, ["principles"]),
-            ("written", written_principles, []),
-            ("responses", responses, ["responses"]))
+    command.run(__doc__, principles, written, responses)

@@ -1,6 +1,6 @@
 """SSO from end to end: the paper's Figure 2 as code, and beside it the baseline PBAA.
 
-    python run.py                       # the toy world: offline, about four minutes
+    python run.py                       # the toy world: offline, half a minute
     python run.py --model M --queries Q.jsonl --recipe R.toml --out runs/NAME       # any chat model
 
 One run is one folder. Each step reads the files of the steps before it, and is skipped if it is
@@ -15,13 +15,16 @@ import eval as evaluation
 import generate
 import sso
 import train
-from lab import toy
-from plumbing import cli, files
-from plumbing.chat import load_tokenizer
-from plumbing.files import UserError
+from plumbing import command
+from plumbing.models import inspect_chat, load_tokenizer
+from plumbing.outputs import Output, write_queries
+from plumbing.recipes import PAPER, change, stage_settings
+from plumbing.records import UserError, read_json, read_jsonl, split_queries, write_text
+from toy import world
 
 
 STAGES = ["principles", "responses", "generator", "policy"]
+SHOWN = 2           # held-out queries whose answers are printed
 LABELS = {"sso": "SSO", "policy": "PBAA"}
 
 
@@ -69,7 +72,7 @@ def run_all(model, folders, out, recipe, objective, write_principles, judged_by)
 
         # The baseline PBAA has no step 3: the policy is trained on its own y+ and y-.
         if number == 1 and objective != "policy":
-            plain = cli.change(recipe, policy={"objective": "policy"})
+            plain = change(recipe, policy={"objective": "policy"})
             train.train("policy", policy, folder / "responses.jsonl", out / "pbaa", plain)
             policies["PBAA"] = out / "pbaa"
             pairs["PBAA"] = (folder / "responses.jsonl", policy, "policy")
@@ -86,14 +89,14 @@ def run_all(model, folders, out, recipe, objective, write_principles, judged_by)
 def measured(path, judged_by, inputs, recipe, measure):
     """The measures in a JSON file: those of measure(critic, limit), unless they are there
     already."""
-    output = files.Output(path, judged_by, inputs)
+    output = Output(path, judged_by, inputs)
     if not output.is_current():
         critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])
         measures = measure(critic, limit)
         path.unlink(missing_ok=True)        # so that no old one stands beside the new note
         output.write_note()
-        files.write_text(path, json.dumps(measures, indent=1))
-    return files.read_json(path)
+        write_text(path, json.dumps(measures, indent=1))
+    return read_json(path)
 
 
 def preflight(pairs, policy, recipe, judged_by):
@@ -113,7 +116,7 @@ def report(out, policies, pairs, recipe, judged_by):
     def measure(critic, limit):
         answers = {}
         for name, policy in policies.items():
-            answers[name] = out / f"answers_{name.replace(' ', '_')}.jsonl"
+            answers[name] = answers_file(out, name)
             generate.responses(policy, out / "heldout.jsonl", answers[name], recipe, ["original"])
         rows = evaluation.measure_answers(answers, critic, limit)
         for name, (file, policy, used_in) in pairs.items():
@@ -124,9 +127,25 @@ def report(out, policies, pairs, recipe, judged_by):
     inputs["heldout"] = out / "heldout.jsonl"
     measured(out / "report.json", judged_by, inputs, recipe, measure)
     evaluation.report([out])
+    print_answers({name: answers_file(out, name) for name in policies})
 
 
-def check(recipe, model, queries, heldout, principles, principle_model, rounds, judge, server):
+def answers_file(out, name):
+    return out / f"answers_{name.replace(' ', '_')}.jsonl"
+
+
+def print_answers(paths):
+    """Print the first held-out queries with the answers of every policy."""
+    answers = {name: read_jsonl(path) for name, path in paths.items()}
+    print("\nAnswers to held-out queries\n")
+    for records in list(zip(*answers.values()))[:SHOWN]:
+        print(f"  {'query':6} {records[0]['prompt'][-1]['content']}")
+        for name, record in zip(answers, records):
+            print(f"  {name:6} {sso.record_response(record, 'original').text}")
+        print()
+
+
+def check(recipe, model, queries, heldout, principles, principle_model, judge, server):
     """UserError if flags do not go together, a setting is out of range or a model is of no use."""
     if (model is None) != (queries is None):
         raise UserError("--model and --queries go together")
@@ -136,33 +155,26 @@ def check(recipe, model, queries, heldout, principles, principle_model, rounds, 
         raise UserError("--principles and --principle-model exclude each other")
     if server and not (principle_model or judge):
         raise UserError("--server goes with --principle-model or --judge; --model is trained here")
-    if rounds < 1:
-        raise UserError("--rounds is at least 1")
     if principles:
-        files.read_jsonl(principles, needs=())
+        read_jsonl(principles, needs=())
     for stage in STAGES:
-        cli.stage_settings(recipe, stage)
+        stage_settings(recipe, stage)
     if model:
-        load_tokenizer(model)
+        inspect_chat(model)
     if principle_model and not server:      # a server may be gone once it has written them
         load_tokenizer(principle_model)
 
 
 def run(recipe, model=None, queries=None, heldout=None, principles=None, principle_model=None,
-        objective="sso", base_loss=None, rounds: int = 1, out: Path = Path("runs/toy"), grader=None,
-        judge=None, judge_pairs: int = evaluation.JUDGE_PAIRS, server=None):
+        objective="sso", rounds: int = 1, out="runs/toy", grader=None, judge=None,
+        judge_pairs: int = evaluation.JUDGE_PAIRS, server=None):
     """The whole method and the baseline; without a model in the toy world."""
     out, seed = Path(out), recipe["run"]["seed"]
-    trained = "policy"
-    if sso.trains_generator(objective):
-        trained = "generator"
-    recipe = cli.change(recipe, **{trained: {"objective": objective}})
-    if base_loss:
-        loss = {"base_loss": base_loss}
-        recipe = cli.change(recipe, generator=loss, policy=loss)
-    check(recipe, model, queries, heldout, principles, principle_model, rounds, judge, server)
+    stage = "generator" if sso.trains_generator(objective) else "policy"
+    recipe = change(recipe, **{stage: {"objective": objective}})
+    check(recipe, model, queries, heldout, principles, principle_model, judge, server)
     if model is None and judge is None:
-        grader = grader or toy.__file__
+        grader = grader or world.__file__
     judged_by = {"grader": grader, "judge": judge, "judge_pairs": judge_pairs,
                  "server": judge and server}
     evaluation.load_critic(**judged_by)             # before anything is written
@@ -171,22 +183,23 @@ def run(recipe, model=None, queries=None, heldout=None, principles=None, princip
     if rounds > 1:
         folders = [out / f"round{number}" for number in range(1, rounds + 1)]
     if model:
-        records, heldout_records = files.split_queries(queries, heldout, seed)
-        files.check_room(load_tokenizer(model), records, recipe)
+        records, heldout_records = split_queries(queries, heldout, seed)
     else:
-        records, heldout_records = toy.make_records(seed, rounds)
-    files.write_queries(out, folders, records, heldout_records,
-                        {"seed": seed, "objective": objective},
-                        {"queries": queries, "heldout": heldout, "principles": principles})
-    if model is None:
-        model = out / "base"
-        toy.build_once(model, seed)
+        model = world.BASE
+        records, heldout_records = world.make_records(seed, rounds)
+    write_queries(out, folders, records, heldout_records, {"seed": seed, "objective": objective},
+                  {"queries": queries, "heldout": heldout, "principles": principles})
     write_principles = partial(generate.principles, principle_model or model,
                                server=principle_model and server)
     if principles:
-        write_principles = partial(generate.written_principles, principles)
+        write_principles = partial(generate.written, principles)
     run_all(model, folders, out, recipe, objective, write_principles, judged_by)
 
 
+def default_recipe(args):
+    """The toy's recipe, unless a model is given."""
+    return PAPER if args["model"] else world.RECIPE
+
+
 if __name__ == "__main__":
-    cli.run(__doc__, ("run", run, STAGES), without_model=toy.RECIPE)
+    command.run(__doc__, run, default_recipe=default_recipe)

@@ -151,7 +151,6 @@ PAIRS = {
     "eq3": {"L+": L_PLUS, "L-": L_MINUS_EQ3},           # Table 4: Eq. 3 in place of Eq. 4
     "policy": {"L": L},                                 # step 4; without step 3 this is PBAA
     "original": {"L": L_ORIGINAL},                      # our baseline
-    "joint": {"L": L, "L+": L_PLUS, "L-": L_MINUS},    # version 1 of the paper, see `joint_weights`
 }
 
 
@@ -227,16 +226,11 @@ def encode_response(tokenizer, end_id, response):
 
 def encode_pair(tokenizer, end_id, pair, max_length):
     """A pair as token ids. What of a response does not fit into max_length beside its prompt is
-    cut off, its end-of-turn token first. ValueError if nothing fits, or a response is empty."""
+    cut off, its end-of-turn token first. A prompt that leaves no room leaves empty responses."""
     prompt = encode_prompt(tokenizer, pair.prompt)
-    room = max_length - len(prompt)
-    if room <= 0:
-        raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in --max-length "
-                         f"{max_length} (or that is the model's context)")
+    room = max(0, max_length - len(prompt))
     winner = encode_response(tokenizer, end_id, pair.winner)
     loser = encode_response(tokenizer, end_id, pair.loser)
-    if not winner or not loser:
-        raise ValueError("an empty response")
     return Pair(prompt, winner[:room], loser[:room])
 
 
@@ -301,7 +295,7 @@ def sft_loss(chosen_logps, chosen_tokens):
     return -chosen_logps / chosen_tokens
 
 
-def sso_loss(policy_logps, ref_logps, tokens, base_loss, gamma, weights=1.0, **settings):
+def sso_loss(policy_logps, ref_logps, tokens, base_loss, gamma, **settings):
     """L_SSO (Eq. 1) of B queries, from (2, R, B) tensors. Returns losses (B,), and a dict of their
     parts, each (R, B), detached. With the one pair L and γ = 0 it is step 4's L_base(x, y+, y-)."""
     # L_base looks at the difference of winner and loser alone, and is content if both fall. γ L_sft
@@ -309,20 +303,12 @@ def sso_loss(policy_logps, ref_logps, tokens, base_loss, gamma, weights=1.0, **s
     # model.
     preference, rewards = BASE_LOSSES[base_loss](policy_logps, ref_logps, tokens, **settings)
     sft = sft_loss(policy_logps[0], tokens[0])                      # (R, B)
-    terms = weights * (preference + gamma * sft)                  # (R, B): L+ of Eq. 2, L- of Eq. 4
+    terms = preference + gamma * sft                              # (R, B): L+ of Eq. 2, L- of Eq. 4
     losses = terms.sum(0)                                           # (B,): L_SSO = L+ + L-, Eq. 1
     parts = {"loss": terms, "base": preference, "sft": sft,
              "chosen_rewards": rewards[0], "rejected_rewards": rewards[1],
              "chosen_logps": policy_logps[0], "rejected_logps": policy_logps[1]}
     return losses, {name: part.detach() for name, part in parts.items()}
-
-
-def joint_weights(policy_logps, tokens, g=0.1, alpha=0.66):
-    """Version 1's weights (3, B) of its terms: W·(L + g·(L+ + L-)), as in its figure, where
-    W = σ(-(α m(y+|x) + (1-α) m(y-|x))) and m is the mean log-prob of a token. W has a gradient."""
-    chosen, rejected = (policy_logps / tokens)[:, 0]         # m(y+|x), m(y-|x): (B,), of the term L
-    W = torch.sigmoid(-(alpha * chosen + (1 - alpha) * rejected))   # (B,): large if both are rare
-    return torch.stack([W, g * W, g * W])
 
 
 # ---- A worked example: python sso.py -------------------------------------------------------------

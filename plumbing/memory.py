@@ -1,7 +1,8 @@
 """What fits into the memory that there is. How many tokens a micro-batch holds is chosen before the
-work; where memory runs out all the same, the step is begun anew with half as many: the update is
-the same."""
+work; where memory runs out all the same, the step starts over with half as many: the update is the
+same."""
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -9,18 +10,17 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
 
-from plumbing import fast
-from plumbing.files import UserError
+import sso
+from plumbing.records import UserError
 
 MOST = 4096     # tokens of a micro-batch: more bring no speed
 SHARE = 0.85    # of what is free; the rest is for other programs, and for gaps in the heap
-ADVICE = "choose a smaller model, --recompute-layers 1, or a lower --max-length"
+ADVICE = ("choose a smaller model, --set STAGE.recompute_layers=1, or a lower --set "
+          "STAGE.max_length")
 ROOT = Path("/")
 GROUPS = {      # limit of a control group, what is used of it: versions 2 and 1
-    "memory.max": "memory.current",
-    "memory/memory.limit_in_bytes": "memory/memory.usage_in_bytes"}
+    "memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
 
 
 # ---- What there is -------------------------------------------------------------------------------
@@ -32,30 +32,28 @@ def numbers(path):
 
 
 def group_bytes():
-    """What the limits of a container leave, if there are any."""
-    left = []
-    groups = ROOT / "sys/fs/cgroup"
-    for limit, used in GROUPS.items():
-        if (groups / limit).exists() and (groups / limit).read_text().strip() != "max":
-            most, now = (int((groups / name).read_text()) for name in (limit, used))
-            files = numbers((groups / limit).with_name("memory.stat"))  # their cache is given back
-            left.append(most - now + files["active_file"] + files["inactive_file"])
+    """What the limits of control groups leave, from this process's own up to the root: a job's may
+    be nested in its container's."""
+    left, top, own = [], ROOT / "sys/fs/cgroup", ROOT / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, place = line.split(":", 2)
+        folder = top / controllers / place.lstrip("/")      # version 2 has no controllers there
+        while top in (folder, *folder.parents):
+            for limit, used in GROUPS.items():
+                if (folder / limit).exists() and (folder / limit).read_text().strip() != "max":
+                    most, now = (int((folder / name).read_text()) for name in (limit, used))
+                    files = numbers(folder / "memory.stat")         # their cache is given back
+                    left.append(most - now + files["active_file"] + files["inactive_file"])
+            folder = folder.parent
     return left
-
-
-def give_back():
-    """Let the system have what this process has freed. The C library of Linux keeps it: gigabytes,
-    after a training."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):        # another C library
-        pass
 
 
 def free_bytes():
     """Memory that this process may still take, of the card if there is one."""
-    give_back()
+    gc.collect()
+    # The C library of Linux keeps what this process has freed: gigabytes, after a training.
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + kept
@@ -66,70 +64,79 @@ def free_bytes():
     return 10**12                       # Windows says nothing: as if everything fitted
 
 
-def check_weights(path, bytes_each, auto_class, **options):
-    """UserError if a checkpoint's parameters do not fit, of so many bytes each; before it is
-    loaded."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
-    with torch.device("meta"):
-        needed = auto_class.from_config(config).num_parameters() * bytes_each
-    free = free_bytes()
-    if needed > free:
-        raise UserError(f"it takes {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} GB are free: "
-                        "choose a smaller model")
-
-
 # ---- What is needed ------------------------------------------------------------------------------
-
-def token_bytes(chat, width, recompute):
-    """What a padded token in a row of `width` keeps until the backward pass, in fp32."""
-    config = chat.model.config.get_text_config()
-    layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    queries = heads * (getattr(config, "head_dim", None) or hidden // heads)
-    # Two norms keep three tensors each; attention q, k, v, before and behind norms of their own,
-    # its result and a row of the mask; the MLP four.
-    layer = 4 * (6 * hidden + 8 * queries + 4 * inner + width)
-    kept = layers * layer
-    if recompute:
-        kept = layer + layers * 4 * hidden
-    if chat.pair_logps is not fast.pair_logps:      # the plain form: two rows, with all logits
-        kept = 2 * kept + 16 * config.vocab_size
-    return max(kept, 3 * layer)         # the reference pass: no gradient, but four times the tokens
-
 
 def padded(example):
     """Tokens of an example as a micro-batch of its own: R rows, as wide as the widest."""
     return len(example) * max(sum(map(len, pair)) for pair in example)
 
 
+def token_bytes(chat, example, recompute):
+    """What a padded token keeps until the backward pass. Measured over one forward pass of an
+    example, cut to 1,024 tokens a row."""
+    short = [sso.Pair(pair.prompt[:512], pair.winner[:256], pair.loser[:256]) for pair in example]
+    own = {parameter.untyped_storage().data_ptr() for parameter in chat.model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logps, _ = chat.pair_logps(chat.model, [short], chat.pad_id)
+    total, config = sum(kept.values()), chat.model.config.get_text_config()
+    if recompute:       # then only the inputs of all layers are kept, and what one layer keeps
+        inputs = 4 * padded(short) * config.num_hidden_layers * config.hidden_size
+        total = total / config.num_hidden_layers + inputs
+    # The backward pass holds gradients of the largest tensors, too.
+    return (total + 3 * max(kept.values())) / padded(short)
+
+
 def plan(chat, examples, settings):
     """Settle settings["micro_batch_tokens"], where 0 stands for what fits, and print what goes
     where. UserError if not even the longest example fits."""
-    parameters = list(chat.model.parameters())
-    for parameter in parameters:
+    for parameter in chat.model.parameters():
         # Weights may be pages of their file, which pass for free until the first update.
         parameter.data = parameter.data.clone()
-    weights = sum(parameter.nbytes for parameter in parameters)
-    longest = max(map(padded, examples))
-    each = token_bytes(chat, longest // len(examples[0]), settings["recompute_layers"])
-    # Two chunks of logits, two gradients of embedding and head; on CUDA the weights in bf16.
-    head = chat.model.get_input_embeddings().weight
-    rest = 2 * min(fast.LOGIT_BYTES, 4 * len(head) * MOST) + 2 * head.nbytes
-    rest += torch.cuda.is_available() * weights // 2
+    weights = sum(parameter.nbytes for parameter in chat.model.parameters())
+    longest = max(examples, key=padded)
+    least = padded(longest)
+    each = 0            # where the setting says how many tokens, nothing is measured
+    if not settings["micro_batch_tokens"]:
+        each = token_bytes(chat, longest, settings["recompute_layers"])
+    # Weights, gradients, AdamW's two states; gradients of embedding and head; on CUDA also the
+    # weights in bf16.
+    fixed = 4 * weights + 4 * chat.model.get_input_embeddings().weight.nbytes
+    fixed += torch.cuda.is_available() * weights // 2
     free = free_bytes() + weights
-    room = int(SHARE * free) - 4 * weights - rest
-    budget = settings["micro_batch_tokens"] or max(longest, min(MOST, room // each // 256 * 256))
-    settings["micro_batch_tokens"] = budget
-    print(f"memory: weights {weights / 1e9:.3g} GB, gradients {weights / 1e9:.3g}, AdamW "
-          f"{weights / 5e8:.3g}, activations {(rest + budget * each) / 1e9:.3g} (micro-batches of "
-          f"{budget:,} tokens); {free / 1e9:.3g} GB are free")
-    if room < longest * each:
-        raise UserError(f"training takes {(4 * weights + rest + longest * each) / 1e9:.3g} GB of "
-                        f"memory at least, its longest example being {longest} tokens; "
-                        f"{SHARE:.0%} of {free / 1e9:.3g} GB may be used: {ADVICE}")
+    room = SHARE * free - fixed
+    budget = settings["micro_batch_tokens"]
+    if not budget:
+        budget = max(least, int(min(MOST, room / each)) // 256 * 256)
+        settings["micro_batch_tokens"] = budget
+    print(f"memory: {fixed / 1e9:.3g} GB for weights, gradients and AdamW, {budget * each / 1e9:.3g}"
+          f" for activations of micro-batches of {budget:,} tokens; {free / 1e9:.3g} GB are free")
+    if room < least * each:
+        raise UserError(f"training takes at least {(fixed + least * each) / 1e9:.3g} GB of memory, "
+                        f"since its longest example has {least} tokens; {SHARE:.0%} of "
+                        f"{free / 1e9:.3g} GB may be used: {ADVICE}")
 
 
-# ---- Where it runs out ---------------------------------------------------------------------------
+# ---- Micro-batches -------------------------------------------------------------------------------
+
+def micro_batches(examples, indices, budget):
+    """Split `indices` into groups whose rows in plumbing/fast.py hold at most `budget` padded
+    tokens (those of the plain form up to twice as many). Examples of like length come together."""
+    groups = [[]]
+    for i in sorted(indices, key=lambda i: padded(examples[i])):
+        # The last one of a group is its widest.
+        if groups[-1] and (len(groups[-1]) + 1) * padded(examples[i]) > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
 
 def ran_out(error):
     """Whether an error says that memory ran out, on CUDA or on the CPU."""
@@ -137,24 +144,22 @@ def ran_out(error):
             or "can't allocate memory" in str(error))
 
 
-def retry(function, chat, examples, *args):
-    """function(chat, examples, ..., settings). Where memory runs out it is begun anew, without what
-    it had added to gradients, with half of settings["micro_batch_tokens"], for good."""
-    settings = args[-1]
-    longest = max(map(padded, examples))
+def in_micro_batches(function, model, examples, indices, settings):
+    """[function(group)] of groups of `indices`. Where memory runs out it starts over with zeroed
+    gradients and half of settings["micro_batch_tokens"], for good."""
     while True:
+        budget = settings["micro_batch_tokens"] or MOST
         try:
-            return function(chat, examples, *args)
+            return [function(group) for group in micro_batches(examples, indices, budget)]
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
         # Only behind that block are the tensors of its frames given back.
-        chat.model.zero_grad()
+        model.zero_grad()
         torch.cuda.empty_cache()
-        budget = min(settings["micro_batch_tokens"], longest * len(examples))
+        longest = max(padded(examples[i]) for i in indices)
         if budget <= longest:
             raise UserError(f"memory ran out with one example of {longest} tokens: {ADVICE}")
-        budget = max(longest, budget // 2)
-        settings["micro_batch_tokens"] = budget
-        tqdm.write(f"memory ran out: begun anew with micro-batches of {budget:,} tokens; the "
-                   "update is the same")
+        settings["micro_batch_tokens"] = max(longest, budget // 2)
+        tqdm.write("memory ran out: the step starts over with micro-batches of "
+                   f"{settings['micro_batch_tokens']:,} tokens; the update is the same")

@@ -6,45 +6,41 @@ from types import SimpleNamespace
 
 import jinja2
 
-from plumbing.files import UserError
+from plumbing.records import UserError
 
 CUTS = [chr(code) for code in range(0xE000, 0xF8FF)]    # private characters: no text has them all
+THINKING = ("<think>", "</think>")      # an assistant's own, which the template reads
+PROBES = ("zebra", "A", "I see", "42 is it.")
 # Some templates have today's date: steps of two days would differ.
 TODAY = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro -%}"
 
 
-def special_tokens(tokenizer):
-    """{text: id} of the tokens that control a conversation: special ones, and those that the chat
-    template writes (DeepSeek's of turns are not special)."""
-    template = tokenizer.get_chat_template()
-    specials = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
-    for i, token in tokenizer.added_tokens_decoder.items():
-        text = str(token)
-        if token.special or (text.strip() and text in template):
-            specials[text] = i
-    return specials
-
-
 class PlainText:
     """A tokenizer whose special tokens come from its chat template alone. Text that spells one, as
-    `<|im_end|>`, is cut in two inside of it, and each part read by itself; other text is read as
-    ever."""
+    `<|im_end|>`, is cut in two inside of it, and each part is read by itself."""
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        longest_first = sorted(special_tokens(tokenizer), key=len, reverse=True)
-        self.specials = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.tokenizer, self.before = tokenizer, ""
+        # The tokens that control a conversation: {text: id} of special ones, and of those that the
+        # chat template writes (DeepSeek's of turns are not special).
+        self.specials = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+        for i, token in tokenizer.added_tokens_decoder.items():
+            text = str(token)
+            if token.special or (text.strip() and text in tokenizer.get_chat_template()):
+                self.specials[text] = i
+        longest_first = sorted(self.specials, key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def __getattr__(self, name):
-        if name == "tokenizer":             # not made yet, as when it is copied
-            raise AttributeError(name)
         return getattr(self.tokenizer, name)
 
-    def __len__(self):
-        return len(self.tokenizer)
-
-    def cut(self, text, cut):
-        return self.specials.sub(lambda found: found[0][:1] + cut + found[0][1:], text)
+    def safe(self, text, cut, role="assistant"):
+        """A text that spells no control token, since the character `cut` stands inside each."""
+        def split(found):
+            if role == "assistant" and found[0] in THINKING:
+                return found[0]
+            return found[0][:1] + cut + found[0][1:]
+        return self.control.sub(split, text)
 
     def read(self, text, cut):
         ids = []
@@ -53,27 +49,55 @@ class PlainText:
         return ids
 
     def __call__(self, text, add_special_tokens=False):
-        """The ids of a text, without any of the template."""
-        cut = unused([text])
-        return SimpleNamespace(input_ids=self.read(self.cut(text, cut), cut))
+        """The ids of an assistant's text, as they stand behind the text `before`."""
+        cut = next(cut for cut in CUTS if cut not in text)
+        skipped = len(self.read(self.before, cut))
+        ids = self.read(self.before + self.safe(text, cut), cut)
+        return SimpleNamespace(input_ids=ids[skipped:])
+
+    def decode_response(self, ids):
+        """The text of an assistant's ids, as they stand behind the text `before`."""
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        before = self.read(self.before, CUTS[0])
+        text = self.tokenizer.decode(before + ids, **options)
+        return text[len(self.tokenizer.decode(before, **options)):]
 
     def apply_chat_template(self, messages, tokenize=True, return_dict=False, **options):
         """The ids of a conversation; its text if not `tokenize`. UserError if the template refuses
-        it."""
-        cut = unused([message["content"] for message in messages])
-        safe = [message | {"content": self.cut(message["content"], cut)} for message in messages]
+        it, or leaves its system message out."""
+        cut = next(cut for cut in CUTS if cut not in str(messages))
+        safe = [message | {"content": self.safe(message["content"], cut, message["role"])}
+                for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 safe, tokenize=False, **options,
                 chat_template=TODAY + self.tokenizer.get_chat_template())
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"the model's chat template refuses messages of {roles}: {error}"
+            raise UserError(f"the model's chat template refuses messages of {roles} ({error}); a "
+                            "recipe can put principles into the user's message ([prompts])"
                             ) from None
-        if not tokenize:
-            return text.replace(cut, "")
-        return self.read(text, cut)
+        plain = text.replace(cut, "")
+        first = messages[0]
+        if first["role"] == "system" and first["content"].strip() not in plain:
+            raise UserError("the model's chat template has no system message; a recipe can put "
+                            "principles into the user's message ([prompts])")
+        return self.read(text, cut) if tokenize else plain
 
+    def read_as_template(self):
+        """Choose `before` so that a response reads as in the template, and return whether that is
+        possible. SentencePiece puts a blank before a text that it reads by itself: "A" becomes the
+        token "▁A", which the model never says behind a line's end."""
+        user = [{"role": "user", "content": "q"}]
+        asked = self.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+        for self.before in ("", asked[-1:]):
+            if all(self.reads_as_template(user, text) for text in PROBES):
+                return True
+        self.before = ""
+        return False
 
-def unused(texts):
-    return next(cut for cut in CUTS if not any(cut in text for text in texts))
+    def reads_as_template(self, user, text):
+        whole = self.apply_chat_template(user + [{"role": "assistant", "content": text}])
+        ids = self(text).input_ids
+        return any(whole[i:i + len(ids)] == ids for i in range(len(whole)))
+

@@ -4,8 +4,21 @@ first with the bad principle, then with the good one. The form is `sso.PROMPTS["
 import re
 
 import sso
+from plumbing.records import UserError
 
 LENGTH = 8      # words in a row that repeat a worked example
+
+
+def check_form(form):
+    """UserError if the form of step 1, which a recipe may replace, is not what is needed."""
+    for number, example in enumerate(form["examples"], 1):
+        if not isinstance(example, dict) or set(example) != {"query", "bad", "good"} or any(
+                not isinstance(text, str) for text in example.values()):
+            raise UserError(f"[[prompts.principles.examples]] number {number} of the recipe is not "
+                            "of three texts: query, bad, good")
+    if not 0 <= form["answer"].find("{bad}") < form["answer"].find("{good}") or not form["end"]:
+        raise UserError("[prompts.principles] of the recipe: answer has to hold {bad} and behind it "
+                        "{good}, and end a text")
 
 
 def begun_answer(bad=None, prompts=sso.PROMPTS):

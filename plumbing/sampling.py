@@ -1,176 +1,24 @@
-"""Prompts in, responses out: `sample` is the one contract; static and continuous batches serve it,
-and so do servers."""
+"""Prompts in, responses out: our own decoding loop, for CPU and CUDA alike, or a server."""
 
-import os
+import random
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
-from transformers import (ContinuousBatchingConfig, GenerationConfig, LogitsProcessor,
-                          LogitsProcessorList, StoppingCriteria)
-from transformers.cache_utils import DynamicLayer
+import torch.nn.functional as F
+from transformers import DynamicCache
 
 import sso
 from plumbing import server as servers
-from plumbing.chat import device, load_chat
-from plumbing.files import UserError
+from plumbing.models import Chat, device, inspect_chat, load_weights, precision
+from plumbing.records import UserError
+
+SHARED = 32             # tokens of a common prefix from which on it is read once
+ROWS_ON_CUDA = 16       # times the setting batch_size: a step's time there is that of its launches
 
 
-def load_sampler(path, server=None):
-    """`load_chat` for sampling: bf16 on CUDA, and none of the checkpoint's own sampling settings
-    (Qwen2.5 brings a repetition penalty and top-k), so that responses are the policy's own. Or the
-    model of that name at the URL of a server."""
-    if server:
-        return servers.load_server(server, path)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    chat = load_chat(path, dtype)
-    ignored = {}
-    for key, value in chat.model.generation_config.to_diff_dict().items():
-        if not key.endswith(("_token_id", "_version")) and key[0] != "_" and key != "do_sample":
-            ignored[key] = value
-    if ignored:
-        tqdm.write(f"{path}: ignoring the checkpoint's sampling settings {ignored}")
-    chat.model.generation_config = GenerationConfig(eos_token_id=chat.stop_ids,
-                                                    pad_token_id=chat.pad_id)
-    return chat
-
-
-class EndText(StoppingCriteria):
-    """Ends a row once what is new of it holds a text. (The stop_strings of transformers fail on
-    some tokenizers.)"""
-
-    def __init__(self, tokenizer, width, end):
-        self.tokenizer, self.width, self.end = tokenizer, width, end
-
-    def __call__(self, input_ids, scores, **others):                # (N, T)
-        texts = self.tokenizer.batch_decode(input_ids[:, self.width:], skip_special_tokens=True)
-        return torch.tensor([self.end in text.lstrip() for text in texts], device=input_ids.device)
-
-
-class TopP(LogitsProcessor):
-    """Temperature and top-p: the same tokens stay as in transformers, which sorts the vocabulary
-    (but for rounding at the boundary).
-    The `first` likeliest tokens nearly always hold the share top_p; where not, all are sorted."""
-
-    def __init__(self, temperature, top_p, first=512):
-        self.temperature, self.top_p, self.first = temperature, top_p, first
-
-    def __call__(self, input_ids, scores):                          # (N, V)
-        logps = (scores / self.temperature).log_softmax(-1)         # (N, V)
-        entries = scores.shape[1]
-        for count in (min(self.first, entries), entries):
-            likeliest, tokens = logps.topk(count)                   # (N, count), descending
-            upto = likeliest.exp().cumsum(-1)
-            if (upto[:, -1] >= self.top_p).all():
-                break
-        before = upto - likeliest.exp()
-        likeliest = likeliest.masked_fill(before >= self.top_p, -torch.inf)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens, likeliest)
-
-
-class RoomyLayer(DynamicLayer):
-    """The cache of a layer for N rows that begin with the same P tokens. It has room for what is to
-    come: a new token is written behind those before, which DynamicLayer copies for each token."""
-
-    def __init__(self, keys, values, n_rows, room):                 # (1, H, P, D) each
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        _, heads, length, size = keys.shape
-        self.all_keys = keys.new_empty(n_rows, heads, length + room, size)
-        self.all_values = values.new_empty(n_rows, heads, length + room, values.shape[3])
-        self.keys = self.all_keys[:, :, :0]
-        self.update(keys, values)
-
-    def update(self, key_states, value_states, *args, **others):    # (N or 1, H, T, D)
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        self.all_keys[:, :, start:end] = key_states
-        self.all_values[:, :, start:end] = value_states
-        self.keys, self.values = self.all_keys[:, :, :end], self.all_values[:, :, :end]
-        return self.keys, self.values
-
-
-def for_rows(layer, n_rows, room):
-    """A layer of the cache of one row for N rows, with room if it is of the common kind."""
-    if type(layer) is DynamicLayer:
-        return RoomyLayer(layer.keys, layer.values, n_rows, room)
-    layer.batch_repeat_interleave(n_rows)       # a sliding window, or a state of fixed size
-    return layer
-
-
-def decode_static(chat, prompts, seed, limit, options, for_rows=for_rows):
-    """New ids of N prompts of token ids, all decoded together until the longest answer ends: N
-    lists. What all prompts begin with, P tokens such as worked examples, is read but once."""
-    shared = os.path.commonprefix([prompt[:-1] for prompt in prompts])
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), chat.pad_id)      # (N, T): shared, padding, own
-    attention_mask = torch.zeros_like(input_ids)                    # (N, T)
-    for row, prompt in enumerate(prompts):
-        own = prompt[len(shared):]
-        input_ids[row, :len(shared)] = torch.tensor(shared, dtype=torch.long)
-        input_ids[row, width - len(own):] = torch.tensor(own)
-        attention_mask[row, :len(shared)] = 1
-        attention_mask[row, width - len(own):] = 1
-    if shared:
-        cache = chat.model(input_ids=input_ids[:1, :len(shared)].to(device), use_cache=True,
-                           logits_to_keep=1).past_key_values
-        room = width - len(shared) + limit
-        cache.layers = [for_rows(layer, len(prompts), room) for layer in cache.layers]
-        options = options | {"past_key_values": cache}
-    if options["do_sample"] and options["top_p"] < 1:
-        top_p = TopP(options["temperature"], options["top_p"])
-        options = options | {"temperature": 1.0, "top_p": 1.0,
-                             "logits_processor": LogitsProcessorList([top_p])}
-    torch.manual_seed(seed)
-    output = chat.model.generate(input_ids=input_ids.to(device),
-                                 attention_mask=attention_mask.to(device),
-                                 max_new_tokens=limit, **options)
-    return output[:, width:].tolist()
-
-
-def decode_continuously(chat, prompts, seed, limit, options, **sizes):
-    """The same by transformers' continuous batching: where an answer ends, another one begins. It
-    takes no stopping criteria."""
-    options = {key: value for key, value in options.items() if key != "stopping_criteria"}
-    config = GenerationConfig(eos_token_id=chat.stop_ids, pad_token_id=chat.pad_id,
-                              max_new_tokens=limit, **options)
-    batching = ContinuousBatchingConfig(seed=seed, **sizes)
-    outputs = chat.model.generate_batch(prompts, generation_config=config, progress_bar=False,
-                                        continuous_batching_config=batching)
-    errors = [output.error for output in outputs.values() if output.error]
-    if errors or len(outputs) < len(prompts):               # it logs what is wrong, and goes on
-        raise UserError("transformers' continuous batching gave up (its log says why); "
-                        "--batch-size sets how many queries it is given at once")
-    return [output.generated_tokens for output in outputs.values()]
-
-
-# A static batch waits for its longest answer: with real lengths most of its rows are idle. On the
-# CPU, where a step costs as much as its rows, the bookkeeping of continuous batches eats what they
-# save.
-if device.type == "cuda":
-    decode = decode_continuously
-    batches_at_once = 256       # times the setting batch_size
-else:
-    decode = decode_static
-    batches_at_once = 1
-
-
-def check_words(chat, records, path):
-    """UserError for queries of another world: the toy model's vocabulary is small."""
-    if isinstance(chat, servers.Server):
-        return
-    for number, record in enumerate(records, 1):
-        ids = chat.tokenizer(record["prompt"][-1]["content"]).input_ids
-        if ids.count(chat.tokenizer.unk_token_id) > len(ids) / 2:
-            raise UserError(f"{path}, line {number}: the model's tokenizer does not know most of "
-                            "its words; choose a model for these queries")
-
-
-def batch_size(chat, settings):
-    """How many records are sampled, and then written, together."""
-    if isinstance(chat, servers.Server):
-        return settings["batch_size"] * servers.BATCHES_AT_ONCE
-    return settings["batch_size"] * batches_at_once
+class Sampler(NamedTuple):
+    chat: Chat
+    shares_prefix: bool     # whether a prefix that all prompts share may be read once
 
 
 class Sampled(NamedTuple):
@@ -178,41 +26,165 @@ class Sampled(NamedTuple):
     tokens: int         # in all
 
 
+def load_sampler(path, server=None, probes=()):
+    """The model at `path` for sampling, bf16 where the card has it. Or the model of that name at
+    the URL of a server. `probes`: prompts that its template must take, tried before it is loaded.
+    A checkpoint's own sampling settings are not used: responses are to be the policy's own."""
+    if server:
+        return servers.load_server(server, path)
+    chat = inspect_chat(path, probes)
+    chat = load_weights(chat, path, precision())
+    return Sampler(chat, reads_shared_prefix(chat))
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+
 @torch.no_grad()
-def sample(chat, prompts, seed, settings, begun=None, end=None):
-    """Sample a response to each of N prompts, lists of chat messages. `begun`: texts that the
-    responses go on from; `end`: a text after which a response is of no interest."""
+def decode(chat, prompts, choose, is_over, shared=0):
+    """An answer to each of N prompts, as lists of token ids. choose(logits (rows, V), their
+    prompts' numbers) gives the next tokens (rows,); is_over(ids) ends an answer. The first `shared`
+    tokens of all prompts are the same, and are read once."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), chat.pad_id)      # (N, T): shared, padding, own
+    attention_mask = torch.zeros_like(input_ids)                    # (N, T)
+    attention_mask[:, :shared] = 1
+    for row, prompt in enumerate(prompts):
+        start = width - len(prompt) + shared
+        input_ids[row, start:] = torch.tensor(prompt[shared:])
+        attention_mask[row, start:] = 1
+    attention_mask = attention_mask.to(device)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                          # (N, T)
+    cache = DynamicCache(config=chat.model.config.get_text_config())
+    if shared:
+        prefix = torch.tensor([prompts[0][:shared]], device=device)                     # (1, S)
+        chat.model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.reorder_cache(torch.zeros(len(prompts), dtype=torch.long, device=device))
+    input_ids = input_ids[:, shared:].to(device)                                      # (N, T-S)
+    position_ids = position_ids[:, shared:]                                           # (N, T-S)
+
+    answers = [[] for _ in prompts]
+    over = [False for _ in prompts]
+    rows = list(range(len(prompts)))        # the number of each row's prompt
+    while True:
+        logits = chat.model(input_ids=input_ids, attention_mask=attention_mask,
+                            position_ids=position_ids, past_key_values=cache, use_cache=True,
+                            logits_to_keep=1).logits[:, -1]                             # (N, V)
+        tokens = choose(logits, rows)                                                   # (N,)
+        for i, token in zip(rows, tokens.tolist()):
+            if not over[i]:
+                answers[i].append(token)
+                over[i] = is_over(answers[i])
+        live = [row for row, i in enumerate(rows) if not over[i]]
+        if not live:
+            return answers
+        input_ids = tokens[:, None]                                                     # (N, 1)
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)                       # (N, T+1)
+        position_ids = position_ids[:, -1:] + 1                                         # (N, 1)
+        if len(live) < 0.75 * len(rows):    # drop the rows whose answers are over
+            rows = [rows[row] for row in live]
+            kept = torch.tensor(live, device=device)
+            cache.reorder_cache(kept)
+            input_ids, attention_mask = input_ids[kept], attention_mask[kept]
+            position_ids = position_ids[kept]
+
+
+def draw(logits, randoms, temperature, top_p):
+    """A token for each of N rows, (N,), from logits (N, V). Each row has its own source of random
+    numbers, so that its tokens do not depend on the rows beside it."""
+    if temperature == 0:
+        return logits.argmax(1)
+    probs = (logits.float() / temperature).softmax(1)               # (N, V)
+    upto = probs.cumsum(1)                                          # (N, V)
+    tokens = probs.argmax(1)                                        # (N,)
+    rows = list(range(len(probs)))
+    while rows:
+        shares = torch.tensor([[randoms[row].random()] for row in rows], device=probs.device)
+        drawn = torch.searchsorted(upto[rows], shares * upto[rows, -1:])                # (rows, 1)
+        drawn = drawn.clamp(max=probs.shape[1] - 1)
+        tokens[rows] = drawn[:, 0]
+        # Top-p: a token stays if those likelier than it hold less than top_p. Else draw again.
+        p = probs[rows].gather(1, drawn)                                                # (rows, 1)
+        likelier = (probs[rows] * (probs[rows] > p)).sum(1)                             # (rows,)
+        rows = [row for row, share in zip(rows, likelier.tolist()) if share >= top_p]
+    return tokens
+
+
+# ---- A shared prefix -----------------------------------------------------------------------------
+
+def shared_prefix(prompts):
+    """How many tokens all prompts begin with, at least one of each left over; 0 if they are few."""
+    first, last = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
+    shared = 0
+    while shared < most and first[shared] == last[shared]:
+        shared += 1
+    return shared if shared >= SHARED and len(prompts) > 1 else 0
+
+
+def reads_shared_prefix(chat):
+    """Whether the model reads prompts behind a shared prefix as it does alone. Padding then stands
+    in the middle of a row, which a sliding window, or a layer with a state, takes amiss."""
+    prefix = [i % 7 for i in range(chat.window + 4)]
+    prompts = [prefix + [5], prefix + [1, 3, 2, 0, 4, 6]]
+    seen = []
+
+    def choose(logits, rows):
+        seen.append(logits.float().log_softmax(1))
+        return logits.argmax(1)
+
+    try:
+        decode(chat, prompts, choose, bool, shared=len(prefix))
+    except Exception:           # of any kind: its cache is of another kind
+        return False
+    for prompt in prompts:
+        decode(chat, [prompt], choose, bool)
+    tolerance = 1e-3 if chat.model.dtype == torch.float32 else 0.2
+    return torch.allclose(seen[0], torch.cat(seen[1:]), rtol=0, atol=tolerance)
+
+
+# ---- Text to text --------------------------------------------------------------------------------
+
+def batch_size(sampler, settings):
+    """How many records are sampled, and then written, together."""
+    if isinstance(sampler, servers.Server):
+        return settings["batch_size"] * servers.BATCHES_AT_ONCE
+    return settings["batch_size"] * (ROWS_ON_CUDA if device.type == "cuda" else 1)
+
+
+def sample(sampler, prompts, seeds, settings, begun=None, end=None):
+    """Sample a response to each of N prompts, lists of chat messages, each with a seed of its own.
+    `begun`: texts that the responses go on from; `end`: a text after which a response is of no
+    interest."""
     if not prompts:
         return Sampled([], 0)
-    if isinstance(chat, servers.Server):
-        return Sampled(*servers.sample(chat, prompts, seed, settings, begun, end))
     begun = begun or [""] * len(prompts)
-    encoded = []
+    if isinstance(sampler, servers.Server):
+        return Sampled(*servers.sample(sampler, prompts, seeds, settings, begun, end))
+    chat, encoded = sampler.chat, []
     for messages, text in zip(prompts, begun):
-        ids = sso.encode_prompt(chat.tokenizer, messages)
-        encoded.append(ids + chat.tokenizer(text, add_special_tokens=False).input_ids)
-    width = max(map(len, encoded))
-    if width >= chat.context:
-        longest = prompts[[len(ids) for ids in encoded].index(width)]
-        raise UserError(f"a prompt of {width} tokens leaves no room in the model's context of "
-                        f"{chat.context}; it ends with {longest[-1]['content'][-60:]!r}")
-    options = {"do_sample": False}
-    if settings["temperature"] > 0:
-        options = {"do_sample": True, "temperature": settings["temperature"],
-                   "top_p": settings["top_p"], "top_k": 0}
-    if end:
-        options["stopping_criteria"] = [EndText(chat.tokenizer, width, end)]
-    limit = min(settings["max_new_tokens"], chat.context - width)
+        encoded.append(sso.encode_prompt(chat.tokenizer, messages) + chat.tokenizer(text).input_ids)
+        if len(encoded[-1]) >= chat.context:
+            raise UserError(f"a prompt of {len(encoded[-1])} tokens leaves no room in the model's "
+                            f"context of {chat.context}; it ends with "
+                            f"{messages[-1]['content'][-60:]!r}")
+    randoms = [random.Random(seed) for seed in seeds]
+    limit = min(settings["max_new_tokens"], chat.context - max(map(len, encoded)))
+
+    def choose(logits, rows):
+        return draw(logits, [randoms[i] for i in rows], settings["temperature"], settings["top_p"])
+
+    def is_over(ids):
+        if ids[-1] in chat.stop_ids or len(ids) == limit:
+            return True
+        return bool(end) and end in chat.tokenizer.decode(ids).lstrip()
+
+    shared = shared_prefix(encoded) if sampler.shares_prefix else 0
     responses, tokens = [], 0
-    for ids in decode(chat, encoded, seed, limit, options):
-        length = 0
-        while length < len(ids) and ids[length] not in chat.stop_ids:
-            length += 1
-        text = chat.tokenizer.decode(ids[:length], skip_special_tokens=True,
-                                     clean_up_tokenization_spaces=False)
-        finished = length < len(ids)
+    for ids in decode(chat, encoded, choose, is_over, shared):
+        tokens += len(ids)
+        finished = ids[-1] in chat.stop_ids
+        text = chat.tokenizer.decode_response(ids[:-1] if finished else ids)
         if not finished:
             text = text.rstrip("\ufffd")            # cut off inside a character
         responses.append(sso.Response(text, finished))
-        tokens += min(length + 1, len(ids))
     return Sampled(responses, tokens)

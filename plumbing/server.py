@@ -5,12 +5,13 @@ the server's affair. The optional package openai brings time-outs, and tries aga
 """
 
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
 import sso
-from plumbing.files import UserError
+from plumbing.records import UserError
 
 KEY = "OPENAI_API_KEY"      # environment variable; what it holds is never printed or written
 AT_ONCE = 64                # requests
@@ -39,17 +40,16 @@ def load_server(url, model):
     except Exception as error:      # no such package; not a URL
         raise UserError(f"--server {url}: {error}; it takes a URL, and `pip install openai`"
                         ) from None
-    sample(server, [[{"role": "user", "content": "Hi"}]], 0, SHORT)
+    sample(server, [[{"role": "user", "content": "Hi"}]], ["0"], SHORT, [""])
     return server
 
 
-def sample(server, prompts, seed, settings, begun=None, end=None):
+def sample(server, prompts, seeds, settings, begun, end=None):
     """As `sampling.sample`: responses in the order of their prompts, and the tokens of all.
     UserError if any request fails: no failure becomes an empty response."""
-    seeds = range(seed, seed + len(prompts))
-    begun = begun or [""] * len(prompts)
+    numbers = [zlib.crc32(seed.encode()) >> 1 for seed in seeds]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = list(pool.map(partial(ask, server, settings, end), prompts, begun, seeds))
+        answers = list(pool.map(partial(ask, server, settings, end), prompts, begun, numbers))
     return [response for response, _ in answers], sum(tokens for _, tokens in answers)
 
 
@@ -115,7 +115,8 @@ def judge_by_text(server, prompts, comparisons):
     for query, a, b in comparisons:
         asked.append(sso.judge_messages(query, a.text, b.text, prompts))
         asked.append(sso.judge_messages(query, b.text, a.text, prompts))
-    responses, _ = sample(server, asked, 0, SHORT)
+    seeds = [str(i) for i in range(len(asked))]
+    responses, _ = sample(server, asked, seeds, SHORT, [""] * len(asked))
     wins = [{"m": 1, "M": 0}.get(response.text.strip(" \n\"'`"), 0.5) for response in responses]
     if 0.5 in wins:
         print(f"--judge: {wins.count(0.5)} of {len(wins)} answers name neither m nor M")

@@ -1,9 +1,9 @@
 """The offline world: a tiny chat model, trained from scratch in about two minutes.
 
-    python -m lab.toy base --out runs/toy-base [--seed 0]
-    python -m lab.toy principles --world on-policy --queries Q.jsonl --out written.jsonl
+    python -m toy.world base --out runs/toy-base [--seed 0]         # how toy/base was made
+    python -m toy.world principles --world on-policy --queries Q.jsonl --out written.jsonl
 
-A program grades its answers to four list tasks: this file is a grader (`--grader lab/toy.py`). It
+A program grades its answers to four list tasks: this file is a grader (`--grader toy/world.py`). It
 shows SSO's mechanism end to end without a download; it is no evidence for the paper. Without a
 principle the model is sometimes right, often slightly wrong, lazy or rambling; under a good
 principle mostly right; under a bad one it mostly answers in ways that it never uses unasked. It has
@@ -25,11 +25,15 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import sso
-from plumbing import cli, files
+from plumbing import command
+from plumbing.outputs import Output
+from plumbing.recipes import load_toml, read_recipe
+from plumbing.records import UserError, as_lines, read_queries, write_text
 
+BASE = Path(__file__).with_name("base")         # the trained model, seed 0
 RECIPE = Path(__file__).parent.parent / "recipes" / "toy.toml"
-PROMPTS = cli.read_recipe(RECIPE)["prompts"]
-WORLD = cli.load_toml(Path(__file__).with_suffix(".toml"))      # the texts and shares of this world
+PROMPTS = read_recipe(RECIPE)["prompts"]
+WORLD = load_toml(Path(__file__).with_suffix(".toml"))      # the texts and shares of this world
 TASKS, ANSWERS, WORLDS = WORLD["tasks"], WORLD["answers"], WORLD["worlds"]
 GOOD_PRINCIPLES, BAD_PRINCIPLES = WORLD["good_principles"], WORLD["bad_principles"]
 QUERIES, HELDOUT = 1024, 1024
@@ -56,7 +60,7 @@ def parse(text):
     """The `Query` of a query's text; UserError if it is none of this world."""
     words = text.split()
     if not words or words[0] not in TASK_OF or ":" not in words:
-        raise files.UserError(f"{text[:60]!r} is not a query of the toy world, the only ones its "
+        raise UserError(f"{text[:60]!r} is not a query of the toy world, the only ones its "
                               "model is for")
     category = None
     for word in words:
@@ -267,7 +271,7 @@ def make_model(tokenizer):
 
 def build(out, seed=0, steps=STEPS, batch_size=64):
     """Train the base model on synthetic chats and save it as a checkpoint folder."""
-    torch.set_num_threads(1)                    # see plumbing/chat.py
+    torch.set_num_threads(1)                    # see plumbing/models.py
     rng = random.Random(seed)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -301,14 +305,12 @@ def build(out, seed=0, steps=STEPS, batch_size=64):
     os.replace(f"{out}.tmp", out)
 
 
-def build_once(out, seed: int = 0, steps: int = STEPS):
+def base(out, seed: int = 0, steps: int = STEPS):
     """Train the base model from scratch, unless it is there. UserError if another one is."""
-    output = files.Output(out, {"seed": seed, "steps": steps}, {}, folder=True)
-    if not os.path.exists(out):
-        build(out, seed, steps)
+    output = Output(out, {"seed": seed, "steps": steps}, {})
+    if not output.is_complete():
         output.write_note()
-    if output.note_path.exists():
-        output.is_complete()
+        build(out, seed, steps)
 
 
 def make_queries(seed=0, rounds=1):
@@ -325,11 +327,11 @@ def make_records(seed=0, rounds=1):
     return [{"prompt": query} for query in queries], [{"prompt": query} for query in heldout]
 
 
-def written(queries, world, out, seed: int = 0):
+def principles(queries, world, out, seed: int = 0):
     """Write principles of a control world, by hand."""
-    texts = [record["prompt"][0]["content"] for record in files.read_queries(queries)]
-    files.write_text(out, files.as_lines([write_principles(text, world, seed) for text in texts]))
+    texts = [record["prompt"][0]["content"] for record in read_queries(queries)]
+    write_text(out, as_lines([write_principles(text, world, seed) for text in texts]))
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("base", build_once, []), ("principles", written, []))
+    command.run(__doc__, base, principles)

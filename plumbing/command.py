@@ -1,0 +1,166 @@
+"""What stands around a command: its flags, one process an output, and errors of one line.
+
+A command is a function; its parameters are its flags. Settings are changed by --set.
+"""
+
+import argparse
+import contextlib
+import errno
+import inspect
+import signal
+import sys
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+import sso
+from plumbing import memory
+from plumbing.recipes import PAPER, read_recipe, set_one
+from plumbing.records import UserError
+
+HELP = {
+    "model": "chat model: checkpoint folder or Hugging Face id",
+    "queries": "JSONL file: a 'prompt' a line",
+    "heldout": "JSONL file: queries of the report (default: a tenth of --queries)",
+    "principles": "JSONL file: 'good_principle' and 'bad_principle' a line",
+    "principle_model": "chat model that writes the principles (default: the model itself)",
+    "data": "JSONL preference file",
+    "roles": "responses to sample (default: all)",
+    "originals": "sample yo for the first N queries alone (default: for all)",
+    "objective": "row of sso.PAIRS; policy is PBAA (default: sso)",
+    "base_loss": "L_base of both trainings",
+    "rounds": "each starts from the policy before",
+    "policy": "chat model under which p(.) is measured",
+    "grader": "Python file with grade(query, response, finished), 0 to 1",
+    "judge": "chat model that compares two outputs",
+    "server": "URL, as http://localhost:8000/v1, of an OpenAI-compatible server for --judge and "
+              "--principle-model (generate.py: for --model); its key: OPENAI_API_KEY",
+    "judge_pairs": "comparisons of a file that a judge sees (default: 200, Section 6.3)",
+    "out": "what to write",
+}
+CHOICES = {"roles": sso.COLUMNS, "objective": sso.PAIRS, "base_loss": sso.BASE_LOSSES}
+SEVERAL = ("files", "folders", "roles")
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+def add_flag(parser, parameter):
+    """A flag for a parameter of a command, required if it has no default; files and folders need no
+    flag. Its type is its annotation."""
+    name, options = parameter.name, {"help": HELP.get(parameter.name)}
+    if name in SEVERAL:
+        options["nargs"] = "+"
+    if name in ("files", "folders"):
+        parser.add_argument(name, **options)
+        return
+    if parameter.annotation is not parameter.empty:
+        options["type"] = parameter.annotation
+    if parameter.default is parameter.empty:
+        options["required"] = True
+    else:
+        options["default"] = parameter.default
+    parser.add_argument(f"--{name.replace('_', '-')}", choices=CHOICES.get(name), **options)
+
+
+def add_recipe(parser):
+    """--recipe, --set and --seed; --help ends with all settings and their reasons."""
+    parser.add_argument("--recipe", help="TOML file of settings and prompts")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE",
+                        help="change a setting, as policy.lr=1e-6; may be given several times")
+    parser.add_argument("--seed", help="short for --set run.seed=SEED")
+    settings = PAPER.read_text(encoding="utf-8").partition("# Worked examples")[0]
+    parser.epilog = f"The settings, recipes/paper.toml:\n\n{settings}".replace("%", "%%")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def parse(description, functions, default_recipe):
+    """The function that the command line names, and its arguments."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if len(functions) > 1:
+        subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for function in functions:
+        command = parser
+        if len(functions) > 1:
+            command = subparsers.add_parser(function.__name__, allow_abbrev=False,
+                                            help=function.__doc__.split("\n")[0])
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.name == "recipe":
+                add_recipe(command)
+            else:
+                add_flag(command, parameter)
+        command.set_defaults(function=function)
+    args = vars(parser.parse_args())
+    function = args.pop("function")
+    for name, parameter in inspect.signature(function).parameters.items():
+        least = 0 if parameter.default == 0 else 1
+        if isinstance(args[name], int) and args[name] < least:
+            raise UserError(f"--{name.replace('_', '-')} is at least {least}")
+    if "recipe" in args:
+        recipe = read_recipe(args["recipe"] or default_recipe(args))
+        seed = args.pop("seed")
+        for text in args.pop("set") + [f"run.seed={seed}"] * (seed is not None):
+            set_one(recipe, text)
+        args["recipe"] = recipe
+    return function, args
+
+
+# ---- One process an output -----------------------------------------------------------------------
+
+@contextlib.contextmanager
+def locked(out):
+    """Hold OUT, a file or a folder. UserError if another process does, or it cannot be written. The
+    lock ends with its process, however that dies."""
+    path = Path(out).parent / f".{Path(out).name}.lock"
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path).acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"another process is at work on {out}; wait for its end, or choose another "
+                        "--out") from None
+    except OSError as error:
+        raise UserError(f"--out {out}: nothing can be written there ({error.strerror})") from None
+    with lock:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            for folder in made:
+                with contextlib.suppress(OSError):      # it has something in it
+                    folder.rmdir()
+
+
+# ---- Errors --------------------------------------------------------------------------------------
+
+def reason(error):
+    """What went wrong, in one line, and what to do; None for a bug of this project."""
+    if memory.ran_out(error):
+        return (f"{error}; lower --set STAGE.micro_batch_tokens (training) or STAGE.batch_size "
+                "(sampling)")
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error):
+        return f"no disk space ({error}); what was finished is kept, the same command continues"
+    if isinstance(error, (UserError, OSError, SafetensorError)):
+        return str(error)
+    return None
+
+
+def run(description, *functions, default_recipe=lambda args: None):
+    """Run a script: one of its functions, by the command line. Bad input, a full disk, Ctrl-C and
+    SIGTERM end in one line and a code that is not zero."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        function, args = parse(description, functions, default_recipe)
+        lock = contextlib.nullcontext()
+        if "out" in args:
+            lock = locked(args["out"])
+        with lock:
+            function(**args)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command continues where it stopped")
+    except Exception as error:
+        known = reason(error)
+        if known is None:
+            raise
+        sys.exit("error: " + " ".join(known.split()))

@@ -1,0 +1,84 @@
+"""Records as examples: token ids to train on or to score, and the reasons for skipping a record."""
+
+from collections import Counter
+
+import sso
+from plumbing.records import UserError, read_jsonl
+
+
+def teaches_nothing(pairs):
+    """Why the pairs of a record are skipped in training, or None. An equal pair has no gradient."""
+    responses = [response for pair in pairs for response in (pair.winner, pair.loser)]
+    if not all(response.text.strip() for response in responses):
+        return "empty response"
+    if all(pair.winner.text.strip() == pair.loser.text.strip() for pair in pairs):
+        return "chosen equals rejected"
+    return None
+
+
+def without_end(chat, response):
+    """A response without the end-of-turn text that another tool may have left at its end."""
+    end = chat.tokenizer.decode([chat.end_id])
+    text = response.text.rstrip()
+    if text.endswith(end):
+        response = response._replace(text=text.removesuffix(end).rstrip())
+    return response
+
+
+def encode_record(record, objective, chat, max_length, prompts=sso.PROMPTS):
+    """(R pairs of token ids, None), or (None, why the record is skipped). ValueError if it lacks
+    something."""
+    for roles in sso.PAIRS[objective].values():
+        for column in (sso.COLUMNS[roles.winner], sso.COLUMNS[roles.loser]):
+            if column not in record:
+                raise ValueError(f"a record without {column!r}, needed for objective {objective!r}")
+            if record[column][:-1] not in ([], record["prompt"]):
+                raise ValueError(f"the messages before the last one of {column!r} are not the "
+                                 "prompt")
+    pairs = []
+    for pair in sso.preference_pairs(record, objective, prompts):
+        pairs.append(sso.Pair(pair.prompt, without_end(chat, pair.winner),
+                              without_end(chat, pair.loser)))
+    reason = teaches_nothing(pairs)
+    if reason:
+        return None, reason
+    room = min(max_length, chat.context)
+    example = [sso.encode_pair(chat.tokenizer, chat.end_id, pair, room) for pair in pairs]
+    if not all(pair.winner for pair in example):
+        return None, f"no room behind the prompt in max_length {room}"
+    if all(pair.winner == pair.loser for pair in example):
+        return None, "chosen equals rejected up to max_length"
+    return example, None
+
+
+def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=None):
+    """The first `limit` records of a preference file as examples, and a count of those that are
+    skipped, by reason."""
+    examples, skipped = [], Counter()
+    for number, record in enumerate(read_jsonl(path)[:limit], 1):
+        try:
+            example, reason = encode_record(record, objective, chat, max_length, prompts)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        if example:
+            examples.append(example)
+        else:
+            skipped[reason] += 1
+    if not examples:
+        raise UserError(f"{path}: no pair is left: {dict(skipped)}")
+    return examples, skipped
+
+
+def read_responses(records, role, chat, max_length, prompts=sso.PROMPTS):
+    """The responses of a role under the plain prompt, as examples to score. Each is one pair whose
+    loser is one token, which costs nothing. A response without any token is left out."""
+    examples = []
+    for record in records:
+        if sso.COLUMNS[role] in record:
+            response = without_end(chat, sso.record_response(record, role))
+            pair = sso.Pair(sso.role_messages("original", record, prompts), response, response)
+            prompt, ids, _ = sso.encode_pair(chat.tokenizer, chat.end_id, pair,
+                                             min(max_length, chat.context))
+            if ids:
+                examples.append([sso.Pair(prompt, ids, ids[:1])])
+    return examples

@@ -1,0 +1,151 @@
+"""What a command makes, a file or a model's folder, and a note of what it was made from.
+
+Under its final name an output is complete. While it grows it is called OUT.partial, file or folder.
+OUT.args.json notes its settings and its inputs: a command with others refuses to touch it.
+"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing.records import UserError, as_lines, read_json, write_text
+
+NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile", "logps")     # on results, but for rounding
+MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.jinja", "*.model", "vocab*",
+               "merges*", "special_tokens*", "generation_config.json")
+
+
+def fingerprint(path):
+    """A hash of a data file, or of a checkpoint's weights, settings and tokenizer."""
+    parts = [Path(path)]
+    if Path(path).is_dir():
+        parts = sorted({file for pattern in MODEL_FILES for file in Path(path).glob(pattern)})
+    digest = hashlib.sha256()
+    for part in parts:
+        status = part.stat()
+        digest.update(hash_of(part, status.st_size, status.st_mtime_ns))
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def hash_of(path, size, changed):
+    """The hash of a file's name and bytes. It is read again if its size or time changed."""
+    with open(path, "rb") as file:
+        content = hashlib.file_digest(file, "sha256").digest()
+    return path.name.encode() + content
+
+
+class Output:
+    """An output with its note: settings, and inputs by name and content. Their places do not count,
+    so that a run's folder can be moved."""
+
+    def __init__(self, path, settings, inputs):
+        self.path, self.partial = Path(path), Path(f"{path}.partial")
+        self.note_path = Path(f"{path}.args.json")
+        self.note = {key: value for key, value in settings.items() if key not in NO_EFFECT}
+        for name, source in inputs.items():
+            self.note[name] = str(source)
+            if Path(source).exists():
+                self.note[name] = f"{Path(source).name} with content {fingerprint(source)}"
+
+    def difference(self):
+        """What it was made with that is not as it is now, in words, or None."""
+        before = read_json(self.note_path)
+        for key in self.note | before:
+            old, new = repr(before.get(key)), repr(self.note.get(key))
+            if old != new:
+                return f"{key} = {old[:80]}, not {new[:80]}"
+
+    def is_complete(self):
+        """Whether it is there. UserError if it, or its beginning, was made from something else."""
+        begun = [path for path in (self.path, self.partial) if holds_something(path)]
+        if not begun:
+            return False
+        if not self.note_path.exists():
+            raise UserError(f"{begun[0]} exists and was not made by this command; choose another "
+                            "--out")
+        difference = self.difference()
+        if difference:
+            names = ", ".join(str(path) for path in (*begun, self.note_path))
+            raise UserError(f"{self.path} was made with {difference}: choose another --out, or "
+                            f"delete {names} to make it again")
+        return self.path in begun
+
+    def is_current(self):
+        """Whether it is there and made from what it would be made from now. UserError if another
+        program made it."""
+        if self.path.exists() and not self.note_path.exists():
+            raise UserError(f"{self.path} was not made by this command; move or delete it")
+        return self.path.exists() and not self.difference()
+
+    def write_note(self):
+        """To be called once the inputs have proved good, before anything else is written."""
+        write_text(self.note_path, json.dumps(self.note, indent=1))
+
+
+def holds_something(path):
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.exists() and path.stat().st_size > 0
+
+
+# ---- A file that grows ---------------------------------------------------------------------------
+
+def read_partial(path):
+    """{index: record} of a partial file, one batch a line. A last line that was cut off goes."""
+    done, lines = {}, []
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    try:
+        for line in lines:
+            done |= {int(i): record for i, record in json.loads(line).items()}
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: not what this command began; delete it") from None
+    write_text(path, "".join(line + "\n" for line in lines))
+    return done
+
+
+def grow(out, records, make, batch_size):
+    """Make a record from each of `records` by `make(indices) -> (new records, tokens)`, a batch at
+    a time. Writes them to OUT in the order of `records`, and returns them. Continues OUT.partial,
+    where a batch is a line."""
+    partial = Path(f"{out}.partial")
+    done, tokens = read_partial(partial), 0
+    # Longest first: little is padded, and memory runs out at once or never.
+    left = sorted(set(range(len(records))) - done.keys(), key=lambda i: (-len(str(records[i])), i))
+    bar = tqdm(total=len(records), initial=len(done), desc=Path(out).name, unit="query")
+    with partial.open("a", encoding="utf-8") as file, bar:
+        for start in range(0, len(left), batch_size):
+            batch = left[start:start + batch_size]
+            made, new_tokens = make(batch)
+            made = dict(zip(batch, made))
+            done |= made
+            file.write(as_lines([made]))
+            file.flush()
+            tokens += new_tokens
+            speed = tokens / max(1e-9, bar.format_dict["elapsed"])
+            bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+            bar.update(len(batch))
+    in_order = [done[i] for i in range(len(records))]
+    write_text(out, as_lines(in_order))
+    partial.unlink()
+    return in_order
+
+
+def write_queries(out, folders, queries, heldout, settings, inputs):
+    """Write the held-out queries of a run, and to the folder of each round its share of the others,
+    unless they are there. UserError if other ones are."""
+    if len(queries) < len(folders):
+        raise UserError(f"--rounds {len(folders)}: more than the {len(queries)} queries")
+    parts = {out / "heldout.jsonl": heldout}
+    for number, folder in enumerate(folders):
+        parts[folder / "queries.jsonl"] = queries[number::len(folders)]
+    inputs = {name: path for name, path in inputs.items() if path}
+    for path, records in parts.items():
+        output = Output(path, settings | {"rounds": len(folders)}, inputs)
+        if not output.is_complete():
+            output.write_note()
+            write_text(path, as_lines([{"prompt": record["prompt"]} for record in records]))

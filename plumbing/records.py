@@ -1,0 +1,154 @@
+"""Records on disk: JSONL files of queries, principles, responses and pairs, read, checked, written."""
+
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import sso
+
+
+ROLES = ("system", "user", "assistant")
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what is wrong, where, and what to do about it."""
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+def read_jsonl(path, needs=("prompt",)):
+    """The records of a JSONL file. Each has the texts `needs`. Its prompt and its responses become
+    lists of messages; they may be strings there. UserError names the file and the line."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    # Bytes and not splitlines(), which also splits at separators that a text may hold.
+    content = Path(path).read_bytes().rstrip()
+    if not content:
+        raise UserError(f"{path}: an empty file")
+    records = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            records.append(parse_record(line, needs))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    return records
+
+
+def parse_record(line, needs):
+    """The record in a line. ValueError says why it is none."""
+    try:
+        record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()         # fails on half a surrogate pair
+    except (ValueError, RecursionError) as error:               # not UTF-8, or not JSON
+        raise ValueError(f"not a JSON object ({error}); one a line is expected") from None
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object; one a line is expected")
+    if "prompt" not in record:
+        find_prompt(record)
+    for column in ("prompt", *sso.COLUMNS.values()):
+        if column in record:
+            record[column] = as_messages(column, record[column])
+        finished = record.get(f"{column}_finished", True)
+        if not isinstance(finished, bool):
+            raise ValueError(f"'{column}_finished' is {finished!r}: it is true or false")
+    for key in needs:
+        value = record.get(key)
+        has_messages = isinstance(value, list) and key in ("prompt", *sso.COLUMNS.values())
+        has_text = isinstance(value, str) and value.strip()
+        if not value or not (has_messages or has_text):
+            raise ValueError(f"a record without a {key!r}")
+    return record
+
+
+def find_prompt(record):
+    """Give a record a prompt from where other tools keep it, if it is there."""
+    for name in ("instruction", "query"):                       # alpaca_eval's name; the paper's
+        if name in record:
+            if record.get("input"):                             # Alpaca's second half of a prompt
+                raise ValueError(f"an 'input' beside {name!r}: join them into a 'prompt'")
+            record["prompt"] = record[name]
+            return
+    if isinstance(record.get("chosen"), list):
+        record["prompt"] = record["chosen"][:-1]                # TRL's "implicit prompt"
+
+
+def as_messages(column, value):
+    """A prompt or a response as a list of chat messages; a text becomes one message."""
+    if isinstance(value, str):
+        role = "user" if column == "prompt" else "assistant"
+        return [{"role": role, "content": value}] if value.strip() or role == "assistant" else []
+    if not value or not isinstance(value, list):
+        raise ValueError(f"{column!r} is neither a text nor a list of messages")
+    for message in value:
+        texts = isinstance(message, dict) and [message.get("role"), message.get("content")]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{column!r} is neither a text nor a list of messages")
+        if message["role"] not in ROLES:
+            raise ValueError(f"{column!r} has a message of role {message['role']!r}; known are "
+                             f"{', '.join(ROLES)}")
+    last = value[-1]
+    if column == "prompt" and not last["content"].strip():
+        raise ValueError("the last message of 'prompt' is empty")
+    if column != "prompt" and last["role"] != "assistant":
+        raise ValueError(f"the last message of {column!r} is of the {last['role']}; a response is "
+                         "the assistant's")
+    return value
+
+
+def read_queries(path):
+    """The records of a file of queries, without duplicates: each prompt is one user message."""
+    records = {}
+    for number, record in enumerate(read_jsonl(path), 1):
+        if [message["role"] for message in record["prompt"]] != ["user"]:
+            raise UserError(f"{path}, line {number}: a query is one user message, or a string")
+        records.setdefault(record["prompt"][0]["content"], record)
+    if len(records) < number:
+        print(f"{path}: {number - len(records)} duplicate queries are left out")
+    return list(records.values())
+
+
+def split_queries(path, heldout, seed):
+    """(queries, held-out queries). Without a file of their own, a tenth of the queries is held
+    out, 200 at most. What is held out is not trained on."""
+    records = read_queries(path)
+    if heldout:
+        held = read_queries(heldout)
+        prompts = [record["prompt"] for record in held]
+        records = [record for record in records if record["prompt"] not in prompts]
+        if not records:
+            raise UserError(f"{path}: all of its queries are held out by {heldout}")
+        return records, held
+    if len(records) < 2:
+        raise UserError(f"{path}: at least two queries are needed: one is held out for the report")
+    random.Random(seed).shuffle(records)
+    held = min(200, math.ceil(len(records) / 10))
+    return records[held:], records[:held]
+
+
+def read_json(path):
+    """The object in a file that a command wrote."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not the JSON that the commands here write ({error}); delete it"
+                        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not written by a command of this project; delete or move it")
+    return found
+
+
+# ---- Writing -------------------------------------------------------------------------------------
+
+def write_text(path, text):
+    """Write a file under another name, then rename it: a kill never leaves half a file."""
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def as_lines(records):
+    """The text of a JSONL file."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
