@@ -124,7 +124,7 @@ def measure_pairs(path, policy, critic, recipe, objective="policy", limit=None, 
     needs = ("prompt", *(sso.COLUMNS[role] for role in roles[1:]))
     records = draw(read_jsonl(path, needs), only)
     settings = stage_settings(recipe, "policy")
-    chat = load_chat(policy, settings["logps"])
+    chat = load_chat(policy, "fast")
     measures = {"pairs": len(records)}
     for name, role in (("p(chosen)", roles.winner), ("p(rejected)", roles.loser),
                        ("p(original)", "original")):

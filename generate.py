@@ -42,7 +42,7 @@ def principles(model, queries, out, recipe, server=None):
         print(f"{out}: complete")
         return
     asked = [sso.principle_messages(record["prompt"][0]["content"], prompts) for record in records]
-    sampler = load_sampler(model, server, probes=asked[:1])
+    chat = load_sampler(model, server, probes=asked[:1])
     output.write_note()
 
     def make(batch):
@@ -50,16 +50,16 @@ def principles(model, queries, out, recipe, server=None):
         messages = [asked[i] for i in batch]
         begun = [begun_answer(prompts=prompts)] * len(batch)
         seeds = [f"{settings['seed']} bad principle {i}" for i in batch]
-        first = sample(sampler, messages, seeds, settings, begun, form["end"])
+        first = sample(chat, messages, seeds, settings, begun, form["end"])
         bad = [cut(answer.text, prompts) for answer in first.responses]
         begun = [begun_answer(principle, prompts) for principle in bad]
         seeds = [f"{settings['seed']} good principle {i}" for i in batch]
-        second = sample(sampler, messages, seeds, settings, begun, form["end"])
+        second = sample(chat, messages, seeds, settings, begun, form["end"])
         good = [cut(answer.text, prompts) for answer in second.responses]
         made = [with_principles(records[i], *pair, prompts) for i, *pair in zip(batch, bad, good)]
         return made, first.tokens + second.tokens
 
-    made = grow(out, records, make, sampling.batch_size(sampler, settings))
+    made = grow(out, records, make, sampling.batch_size(chat, settings))
     faults = Counter(record["fallback"] for record in made if record["fallback"])
     print(f"{out}: {len(made)} queries; with the fixed pair of principles: "
           f"{dict(faults) or 'none'}")
@@ -127,7 +127,7 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
         print(f"{out}: complete")
         return
     first = [sso.role_messages(role, records[0], prompts) for role in roles]
-    sampler = load_sampler(model, server, probes=first)
+    chat = load_sampler(model, server, probes=first)
     output.write_note()
 
     def make(batch):
@@ -139,7 +139,7 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
                 asked = [i for i in batch if i < originals]
             messages = [sso.role_messages(role, records[i], prompts) for i in asked]
             seeds = [f"{settings['seed']} {role} {i}" for i in asked]
-            answers = sample(sampler, messages, seeds, settings)
+            answers = sample(chat, messages, seeds, settings)
             for i, response in zip(asked, answers.responses):
                 column = sso.COLUMNS[role]
                 made[i][column] = [{"role": "assistant", "content": response.text}]
@@ -147,7 +147,7 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
             tokens += answers.tokens
         return list(made.values()), tokens
 
-    made = grow(out, records, make, sampling.batch_size(sampler, settings))
+    made = grow(out, records, make, sampling.batch_size(chat, settings))
     if {"chosen", "rejected"} <= made[0].keys():
         reasons = [teaches_nothing(sso.preference_pairs(record, "policy")) for record in made]
         skipped = Counter(reason for reason in reasons if reason)

@@ -51,10 +51,14 @@ class Progress:
     """
 
     def __init__(self, out, model, optimizer):
-        self.out, self.folder = Path(out), Path(f"{out}.partial")
-        self.model, self.optimizer = model, optimizer
-        self.step, self.saved = 0, time.time()
-        self.checkpoint, self.log_file = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
+        self.out = Path(out)
+        self.folder = Path(f"{out}.partial")
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.log_file = self.folder / "log.jsonl"
+        self.model = model
+        self.optimizer = optimizer
+        self.step = 0
+        self.saved = time.time()
         if self.checkpoint.exists():
             try:
                 state = torch.load(self.checkpoint, map_location=device)

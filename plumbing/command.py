@@ -21,6 +21,7 @@ from plumbing.records import UserError
 
 HELP = {
     "model": "chat model: checkpoint folder or Hugging Face id",
+    "recipe": "TOML file of settings and prompts",
     "queries": "JSONL file: a 'prompt' a line",
     "heldout": "JSONL file: queries of the report (default: a tenth of --queries)",
     "principles": "JSONL file: 'good_principle' and 'bad_principle' a line",
@@ -39,6 +40,7 @@ HELP = {
     "judge_pairs": "comparisons of a file that a judge sees (default: 200, Section 6.3)",
     "out": "what to write",
 }
+SETTINGS = PAPER.read_text(encoding="utf-8").partition("# Worked examples")[0].replace("%", "%%")
 CHOICES = {"roles": sso.COLUMNS, "objective": sso.PAIRS, "base_loss": sso.BASE_LOSSES}
 SEVERAL = ("files", "folders", "roles")
 
@@ -48,7 +50,8 @@ SEVERAL = ("files", "folders", "roles")
 def add_flag(parser, parameter):
     """A flag for a parameter of a command, required if it has no default; files and folders need no
     flag. Its type is its annotation."""
-    name, options = parameter.name, {"help": HELP.get(parameter.name)}
+    name = parameter.name
+    options = {"help": HELP.get(name)}
     if name in SEVERAL:
         options["nargs"] = "+"
     if name in ("files", "folders"):
@@ -56,22 +59,11 @@ def add_flag(parser, parameter):
         return
     if parameter.annotation is not parameter.empty:
         options["type"] = parameter.annotation
-    if parameter.default is parameter.empty:
-        options["required"] = True
-    else:
+    if parameter.default is not parameter.empty:
         options["default"] = parameter.default
+    elif name != "recipe":
+        options["required"] = True
     parser.add_argument(f"--{name.replace('_', '-')}", choices=CHOICES.get(name), **options)
-
-
-def add_recipe(parser):
-    """--recipe, --set and --seed; --help ends with all settings and their reasons."""
-    parser.add_argument("--recipe", help="TOML file of settings and prompts")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE",
-                        help="change a setting, as policy.lr=1e-6; may be given several times")
-    parser.add_argument("--seed", help="short for --set run.seed=SEED")
-    settings = PAPER.read_text(encoding="utf-8").partition("# Worked examples")[0]
-    parser.epilog = f"The settings, recipes/paper.toml:\n\n{settings}".replace("%", "%%")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def parse(description, functions, default_recipe):
@@ -86,15 +78,18 @@ def parse(description, functions, default_recipe):
             command = subparsers.add_parser(function.__name__, allow_abbrev=False,
                                             help=function.__doc__.split("\n")[0])
         for parameter in inspect.signature(function).parameters.values():
-            if parameter.name == "recipe":
-                add_recipe(command)
-            else:
-                add_flag(command, parameter)
+            add_flag(command, parameter)
+        if "recipe" in inspect.signature(function).parameters:
+            command.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE",
+                                 help="change a setting, as policy.lr=1e-6; may be repeated")
+            command.add_argument("--seed", help="short for --set run.seed=SEED")
+            command.epilog = SETTINGS
+            command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.set_defaults(function=function)
     args = vars(parser.parse_args())
     function = args.pop("function")
     for name, parameter in inspect.signature(function).parameters.items():
-        least = 0 if parameter.default == 0 else 1
+        least = int(parameter.default != 0)
         if isinstance(args[name], int) and args[name] < least:
             raise UserError(f"--{name.replace('_', '-')} is at least {least}")
     if "recipe" in args:

@@ -8,8 +8,7 @@ from plumbing.records import UserError, read_jsonl
 
 def teaches_nothing(pairs):
     """Why the pairs of a record are skipped in training, or None. An equal pair has no gradient."""
-    responses = [response for pair in pairs for response in (pair.winner, pair.loser)]
-    if not all(response.text.strip() for response in responses):
+    if not all(pair.winner.text.strip() and pair.loser.text.strip() for pair in pairs):
         return "empty response"
     if all(pair.winner.text.strip() == pair.loser.text.strip() for pair in pairs):
         return "chosen equals rejected"
@@ -54,7 +53,8 @@ def encode_record(record, objective, chat, max_length, prompts=sso.PROMPTS):
 def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=None):
     """The first `limit` records of a preference file as examples, and a count of those that are
     skipped, by reason."""
-    examples, skipped = [], Counter()
+    examples = []
+    skipped = Counter()
     for number, record in enumerate(read_jsonl(path)[:limit], 1):
         try:
             example, reason = encode_record(record, objective, chat, max_length, prompts)

@@ -12,8 +12,6 @@
         L          x x     x          2
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -28,26 +26,22 @@ CHUNK = 512         # response tokens whose logits exist at a time
 PROMPT, WINNER, LOSER, PADDING = range(4)       # segments of a row
 
 
-class Rows(NamedTuple):
-    """N pairs, each a row [prompt | winner | loser | padding]; K response tokens, each winner
-    before its loser, row by row."""
-    input_ids: torch.Tensor     # (N, T)
-    position_ids: torch.Tensor  # (N, T)  both responses start where the prompt ends
-    segments: torch.Tensor      # (N, T)
-    sources: torch.Tensor       # (K,)    the place in (N·T,) that predicts a response token
-    targets: torch.Tensor       # (K,)    the token
-    lengths: list               #         2N numbers of tokens
-
-
-def make_rows(pairs, pad_id, device):
-    """`Rows` of N pairs (prompt, winner, loser) of token ids, padded on the right."""
+def make_rows(pairs, pad_id):
+    """N pairs (prompt, winner, loser) of token ids as rows [prompt | winner | loser | padding]:
+    input_ids, position_ids, segments (N, T) each. And of their K response tokens, each winner
+    before its loser, row by row: the places in (N·T,) that predict them (K,), the tokens (K,), and
+    how many each response has, 2N numbers."""
     width = max(sum(map(len, pair)) for pair in pairs)
     input_ids = torch.full((len(pairs), width), pad_id)
     position_ids = torch.zeros_like(input_ids)
     segments = torch.full_like(input_ids, PADDING)
-    sources, targets, lengths = [], [], []
+    sources = []
+    targets = []
+    lengths = []
     for row, (prompt, winner, loser) in enumerate(pairs):
-        fork, split = len(prompt), len(prompt) + len(winner)
+        start = row * width
+        fork = len(prompt)
+        split = fork + len(winner)
         end = split + len(loser)
         input_ids[row, :end] = torch.tensor(prompt + winner + loser)
         position_ids[row, :split] = torch.arange(split)
@@ -55,15 +49,12 @@ def make_rows(pairs, pad_id, device):
         segments[row, :fork] = PROMPT
         segments[row, fork:split] = WINNER
         segments[row, split:end] = LOSER
-        first = row * width
-        for start, response in ((fork, winner), (split, loser)):
-            # The prompt's last token predicts the first token of both responses.
-            sources.append(first + fork - 1)
-            sources += range(first + start, first + start + len(response) - 1)
-            targets += response
-            lengths.append(len(response))
-    tensors = (input_ids, position_ids, segments, torch.tensor(sources), torch.tensor(targets))
-    return Rows(*(tensor.to(device) for tensor in tensors), lengths)
+        # The prompt's last token predicts the first token of both responses.
+        sources += range(start + fork - 1, start + split - 1)
+        sources += [start + fork - 1, *range(start + split, start + end - 1)]
+        targets += winner + loser
+        lengths += [len(winner), len(loser)]
+    return input_ids, position_ids, segments, torch.tensor(sources), torch.tensor(targets), lengths
 
 
 def make_mask(segments, dtype):
@@ -71,7 +62,8 @@ def make_mask(segments, dtype):
     itself, else a number so low that the softmax makes it 0."""
     width = segments.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
-    seen, seeing = segments[:, None, :], segments[:, :, None]
+    seen = segments[:, None, :]
+    seeing = segments[:, :, None]
     visible = causal & ((seen == PROMPT) | (seen == seeing))                        # (N, T, T)
     hidden = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=segments.device)
     return hidden.masked_fill(visible, 0.0)[:, None]
@@ -80,19 +72,21 @@ def make_mask(segments, dtype):
 def pair_logps(model, examples, pad_id):
     """log π(y|x), in nats, of every response of B examples, each R pairs of token ids; and its
     number of tokens: two (2, R, B)."""
-    pairs = [pair for example in examples for pair in example]
-    rows = make_rows(pairs, pad_id, model.device)
-    dtype, kind = model.dtype, model.device.type
+    pairs = sum(examples, [])
+    *tensors, lengths = make_rows(pairs, pad_id)
+    input_ids, position_ids, segments, sources, targets = (t.to(model.device) for t in tensors)
+    dtype = model.dtype
+    kind = model.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     # A cache or a 2-D mask would make transformers ignore this layout, without a word.
-    output = model.base_model(input_ids=rows.input_ids, position_ids=rows.position_ids,
-                              attention_mask=make_mask(rows.segments, dtype), use_cache=False)
-    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, rows.sources)   # (K, D)
-    head = model.get_output_embeddings().weight                             # (V, D)
-    logps = token_logps(hidden, head, rows.targets)                         # (K,)
-    sums = torch.stack([response.sum() for response in logps.split(rows.lengths)])      # (2N,)
-    counts = torch.tensor(rows.lengths, device=logps.device)                            # (2N,)
+    output = model.base_model(input_ids=input_ids, position_ids=position_ids,
+                              attention_mask=make_mask(segments, dtype), use_cache=False)
+    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, sources)        # (K, D)
+    head = model.get_output_embeddings().weight                                     # (V, D)
+    logps = token_logps(hidden, head, targets)                                      # (K,)
+    sums = torch.stack([response.sum() for response in logps.split(lengths)])       # (2N,)
+    counts = torch.tensor(lengths, device=logps.device)                             # (2N,)
     shape = (len(examples), len(examples[0]), 2)        # example by example, winner before loser
     return sums.view(shape).permute(2, 1, 0), counts.view(shape).permute(2, 1, 0)
 
@@ -128,5 +122,4 @@ def reads_rows(model, window):
         logps, _ = pair_logps(model, [example], 0)
     except Exception:           # of any kind: it does not take such positions or masks
         return False
-    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
-    return torch.allclose(logps, plain, rtol=tolerance)
+    return torch.allclose(logps, plain, rtol=1e-4)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -25,25 +26,25 @@ GROUPS = {      # limit of a control group, what is used of it: versions 2 and 1
 
 # ---- What there is -------------------------------------------------------------------------------
 
-def numbers(path):
-    """{name: number} of a file with a name and a number a line."""
-    lines = [line.split() for line in path.read_text().splitlines()]
-    return {words[0].rstrip(":"): int(words[1]) for words in lines}
-
-
 def group_bytes():
     """What the limits of control groups leave, from this process's own up to the root: a job's may
     be nested in its container's."""
-    left, top, own = [], ROOT / "sys/fs/cgroup", ROOT / "proc/self/cgroup"
-    for line in own.read_text().splitlines() if own.exists() else []:
+    left = []
+    top = ROOT / "sys/fs/cgroup"
+    own = ROOT / "proc/self/cgroup"
+    if not own.exists():
+        return left
+    for line in own.read_text().splitlines():
         _, controllers, place = line.split(":", 2)
         folder = top / controllers / place.lstrip("/")      # version 2 has no controllers there
         while top in (folder, *folder.parents):
             for limit, used in GROUPS.items():
                 if (folder / limit).exists() and (folder / limit).read_text().strip() != "max":
                     most, now = (int((folder / name).read_text()) for name in (limit, used))
-                    files = numbers(folder / "memory.stat")         # their cache is given back
-                    left.append(most - now + files["active_file"] + files["inactive_file"])
+                    # The cache of files is given back.
+                    files = re.findall(r"^(?:in)?active_file (\d+)", (folder / "memory.stat")
+                                       .read_text(), re.MULTILINE)
+                    left.append(most - now + sum(map(int, files)))
             folder = folder.parent
     return left
 
@@ -58,7 +59,8 @@ def free_bytes():
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + kept
     if (ROOT / "proc/meminfo").exists():
-        return min([1024 * numbers(ROOT / "proc/meminfo")["MemAvailable"], *group_bytes()])
+        found = re.search(r"MemAvailable: +(\d+)", (ROOT / "proc/meminfo").read_text())
+        return min([1024 * int(found[1]), *group_bytes()])
     if hasattr(os, "sysconf"):          # macOS does not say what is free: half of what there is
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 10**12                       # Windows says nothing: as if everything fitted
@@ -86,7 +88,8 @@ def token_bytes(chat, example, recompute):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logps, _ = chat.pair_logps(chat.model, [short], chat.pad_id)
-    total, config = sum(kept.values()), chat.model.config.get_text_config()
+    total = sum(kept.values())
+    config = chat.model.config.get_text_config()
     if recompute:       # then only the inputs of all layers are kept, and what one layer keeps
         inputs = 4 * padded(short) * config.num_hidden_layers * config.hidden_size
         total = total / config.num_hidden_layers + inputs
@@ -116,8 +119,9 @@ def plan(chat, examples, settings):
     if not budget:
         budget = max(least, int(min(MOST, room / each)) // 256 * 256)
         settings["micro_batch_tokens"] = budget
-    print(f"memory: {fixed / 1e9:.3g} GB for weights, gradients and AdamW, {budget * each / 1e9:.3g}"
-          f" for activations of micro-batches of {budget:,} tokens; {free / 1e9:.3g} GB are free")
+    print(f"memory: {fixed / 1e9:.3g} GB for weights, gradients and AdamW, "
+          f"{budget * each / 1e9:.3g} GB for activations of micro-batches of {budget:,} tokens; "
+          f"{free / 1e9:.3g} GB are free")
     if room < least * each:
         raise UserError(f"training takes at least {(fixed + least * each) / 1e9:.3g} GB of memory, "
                         f"since its longest example has {least} tokens; {SHARE:.0%} of "

@@ -32,6 +32,7 @@ class Chat(NamedTuple):
     context: int            # tokens, at most, of prompt and response
     window: int             # tokens that the layer of the shortest sight sees; 0: all see all
     pair_logps: Callable = sso.pair_logps       # or fast.pair_logps
+    shares_prefix: bool = False     # whether a prefix that all prompts share may be read once
 
 
 # ---- Before the weights --------------------------------------------------------------------------
@@ -45,8 +46,9 @@ def refusing(path):
         if memory.ran_out(error):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        hint = "" if Path(path).exists() else OFFLINE
-        raise UserError(f"model {path}: {lines[0]}{hint}") from None
+        if not Path(path).exists():
+            lines[0] += OFFLINE
+        raise UserError(f"model {path}: {lines[0]}") from None
 
 
 def load_tokenizer(path):
@@ -70,11 +72,12 @@ def load_tokenizer(path):
                             "that can be told not to think")
         # The first control token behind an answer ends a turn.
         turn = tokenizer.apply_chat_template([QUERY, ANSWER], tokenize=False)
-        ends = tokenizer.control.findall(turn.rsplit("zebra", 1)[-1])
+        tail = turn.rsplit("zebra", 1)[-1]
+        ends = [(tail.index(text), -len(text), text) for text in tokenizer.specials if text in tail]
         if not ends:
             raise UserError("its chat template closes an answer with no special token, so that no "
                             "answer would end; use a chat (instruct) model")
-        tokenizer.end_id = tokenizer.specials[ends[0]]
+        tokenizer.end_id = tokenizer.specials[min(ends)[2]]
         if not tokenizer.read_as_template():
             print(f"{path}: its chat template does not read an answer as its tokenizer does; "
                   "responses may be scored in other tokens than were sampled")
@@ -87,7 +90,9 @@ def stop_ids_of(path, config):
         ids = GenerationConfig.from_pretrained(path).eos_token_id
     except (OSError, ValueError):               # it has no such file
         ids = config.get_text_config().eos_token_id
-    return ids if isinstance(ids, list) else [ids]
+    if isinstance(ids, list):
+        return ids
+    return [ids]
 
 
 def sight(config):
@@ -125,7 +130,8 @@ def inspect_chat(path, probes=(), auto_class=AutoModelForCausalLM, **options):
             raise UserError(f"its chat template writes token {top}, {tokenizer.decode([top])!r}, "
                             f"and its embedding has {rows} rows: resize it "
                             "(resize_token_embeddings), or take the tokenizer that belongs to it")
-        needed, free = 4 * model.num_parameters(), memory.free_bytes()
+        needed = 4 * model.num_parameters()
+        free = memory.free_bytes()
         if needed > free:
             raise UserError(f"it takes {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} GB are "
                             "free: choose a smaller model")

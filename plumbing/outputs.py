@@ -4,7 +4,6 @@ Under its final name an output is complete. While it grows it is called OUT.part
 OUT.args.json notes its settings and its inputs: a command with others refuses to touch it.
 """
 
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -13,29 +12,25 @@ from tqdm import tqdm
 
 from plumbing.records import UserError, as_lines, read_json, write_text
 
-NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile", "logps")     # on results, but for rounding
+NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile", "logps")  # but for rounding
 MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.jinja", "*.model", "vocab*",
                "merges*", "special_tokens*", "generation_config.json")
+HASHES = {}     # of files, by place, size and time: a large one is read once
 
 
 def fingerprint(path):
     """A hash of a data file, or of a checkpoint's weights, settings and tokenizer."""
-    parts = [Path(path)]
+    parts = {Path(path)}
     if Path(path).is_dir():
-        parts = sorted({file for pattern in MODEL_FILES for file in Path(path).glob(pattern)})
+        parts = set().union(*(Path(path).glob(pattern) for pattern in MODEL_FILES))
     digest = hashlib.sha256()
-    for part in parts:
-        status = part.stat()
-        digest.update(hash_of(part, status.st_size, status.st_mtime_ns))
+    for part in sorted(parts):
+        key = (part.resolve(), part.stat().st_size, part.stat().st_mtime_ns)
+        if key not in HASHES:
+            with part.open("rb") as file:
+                HASHES[key] = hashlib.file_digest(file, "sha256").digest()
+        digest.update(part.name.encode() + HASHES[key])
     return digest.hexdigest()[:12]
-
-
-@functools.cache
-def hash_of(path, size, changed):
-    """The hash of a file's name and bytes. It is read again if its size or time changed."""
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").digest()
-    return path.name.encode() + content
 
 
 class Output:
@@ -43,7 +38,8 @@ class Output:
     so that a run's folder can be moved."""
 
     def __init__(self, path, settings, inputs):
-        self.path, self.partial = Path(path), Path(f"{path}.partial")
+        self.path = Path(path)
+        self.partial = Path(f"{path}.partial")
         self.note_path = Path(f"{path}.args.json")
         self.note = {key: value for key, value in settings.items() if key not in NO_EFFECT}
         for name, source in inputs.items():
@@ -55,7 +51,8 @@ class Output:
         """What it was made with that is not as it is now, in words, or None."""
         before = read_json(self.note_path)
         for key in self.note | before:
-            old, new = repr(before.get(key)), repr(self.note.get(key))
+            old = repr(before.get(key))
+            new = repr(self.note.get(key))
             if old != new:
                 return f"{key} = {old[:80]}, not {new[:80]}"
 
@@ -96,7 +93,8 @@ def holds_something(path):
 
 def read_partial(path):
     """{index: record} of a partial file, one batch a line. A last line that was cut off goes."""
-    done, lines = {}, []
+    done = {}
+    lines = []
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     try:
@@ -113,7 +111,8 @@ def grow(out, records, make, batch_size):
     a time. Writes them to OUT in the order of `records`, and returns them. Continues OUT.partial,
     where a batch is a line."""
     partial = Path(f"{out}.partial")
-    done, tokens = read_partial(partial), 0
+    done = read_partial(partial)
+    tokens = 0
     # Longest first: little is padded, and memory runs out at once or never.
     left = sorted(set(range(len(records))) - done.keys(), key=lambda i: (-len(str(records[i])), i))
     bar = tqdm(total=len(records), initial=len(done), desc=Path(out).name, unit="query")

@@ -15,12 +15,19 @@ PROBES = ("zebra", "A", "I see", "42 is it.")
 TODAY = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro -%}"
 
 
+def inside_of(texts):
+    """A pattern that finds the place behind the first character of each of some texts."""
+    places = [f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in texts]
+    return re.compile("|".join(places) or "(?!)")
+
+
 class PlainText:
     """A tokenizer whose special tokens come from its chat template alone. Text that spells one, as
     `<|im_end|>`, is cut in two inside of it, and each part is read by itself."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.before = tokenizer, ""
+        self.tokenizer = tokenizer
+        self.before = ""
         # The tokens that control a conversation: {text: id} of special ones, and of those that the
         # chat template writes (DeepSeek's of turns are not special).
         self.specials = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
@@ -28,19 +35,11 @@ class PlainText:
             text = str(token)
             if token.special or (text.strip() and text in tokenizer.get_chat_template()):
                 self.specials[text] = i
-        longest_first = sorted(self.specials, key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.inside = inside_of(self.specials)
+        self.inside_answers = inside_of(self.specials.keys() - set(THINKING))
 
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
-
-    def safe(self, text, cut, role="assistant"):
-        """A text that spells no control token, since the character `cut` stands inside each."""
-        def split(found):
-            if role == "assistant" and found[0] in THINKING:
-                return found[0]
-            return found[0][:1] + cut + found[0][1:]
-        return self.control.sub(split, text)
 
     def read(self, text, cut):
         ids = []
@@ -52,7 +51,7 @@ class PlainText:
         """The ids of an assistant's text, as they stand behind the text `before`."""
         cut = next(cut for cut in CUTS if cut not in text)
         skipped = len(self.read(self.before, cut))
-        ids = self.read(self.before + self.safe(text, cut), cut)
+        ids = self.read(self.before + self.inside_answers.sub(cut, text), cut)
         return SimpleNamespace(input_ids=ids[skipped:])
 
     def decode_response(self, ids):
@@ -66,8 +65,12 @@ class PlainText:
         """The ids of a conversation; its text if not `tokenize`. UserError if the template refuses
         it, or leaves its system message out."""
         cut = next(cut for cut in CUTS if cut not in str(messages))
-        safe = [message | {"content": self.safe(message["content"], cut, message["role"])}
-                for message in messages]
+        safe = []
+        for message in messages:
+            inside = self.inside
+            if message["role"] == "assistant":
+                inside = self.inside_answers
+            safe.append(message | {"content": inside.sub(cut, message["content"])})
         try:
             text = self.tokenizer.apply_chat_template(
                 safe, tokenize=False, **options,
@@ -82,7 +85,9 @@ class PlainText:
         if first["role"] == "system" and first["content"].strip() not in plain:
             raise UserError("the model's chat template has no system message; a recipe can put "
                             "principles into the user's message ([prompts])")
-        return self.read(text, cut) if tokenize else plain
+        if not tokenize:
+            return plain
+        return self.read(text, cut)
 
     def read_as_template(self):
         """Choose `before` so that a response reads as in the template, and return whether that is

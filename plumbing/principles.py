@@ -17,8 +17,8 @@ def check_form(form):
             raise UserError(f"[[prompts.principles.examples]] number {number} of the recipe is not "
                             "of three texts: query, bad, good")
     if not 0 <= form["answer"].find("{bad}") < form["answer"].find("{good}") or not form["end"]:
-        raise UserError("[prompts.principles] of the recipe: answer has to hold {bad} and behind it "
-                        "{good}, and end a text")
+        raise UserError("[prompts.principles] of the recipe: answer has to hold {bad} and behind "
+                        "it {good}, and end a text")
 
 
 def begun_answer(bad=None, prompts=sso.PROMPTS):
@@ -58,5 +58,6 @@ def with_principles(record, bad, good, prompts=sso.PROMPTS):
     """A record with its principles; the fixed pair, and why, where the made one is of no use."""
     reason = fault(bad, good, prompts)
     if reason:
-        bad, good = prompts["fallback_bad"], prompts["fallback_good"]
+        bad = prompts["fallback_bad"]
+        good = prompts["fallback_good"]
     return record | {"good_principle": good, "bad_principle": bad, "fallback": reason}

@@ -13,7 +13,9 @@ from plumbing.records import UserError
 
 PAPER = Path(__file__).parent.parent / "recipes" / "paper.toml"
 CHOICES = {"objective": sso.PAIRS, "base_loss": sso.BASE_LOSSES, "logps": ("plain", "fast")}
-BOUNDS = {      # of numbers; others are above 0, and whole ones at least 1
+WHOLE = (1, 10**9)      # bounds of whole numbers
+REAL = (1e-12, 1e300)   # of others
+BOUNDS = {
     "top_p": (1e-12, 1), "warmup": (0, 1), "recompute_layers": (0, 1), "compile": (0, 1),
     "seed": (0, 2**40),
     **dict.fromkeys(("micro_batch_tokens", "temperature", "gamma", "weight_decay"), (0, 10**9))}
@@ -77,15 +79,16 @@ def change(recipe, **sections):
 
 def stage_settings(recipe, stage):
     """The settings of a stage, with the run's seed. UserError if one is out of its range."""
-    settings, paper = recipe["run"] | recipe[stage], load_toml(PAPER)
+    settings = recipe["run"] | recipe[stage]
+    paper = load_toml(PAPER)
     for key in paper["run"] | paper[stage]:         # a base loss of one's own may have more
         value = settings[key]
         if key in CHOICES:
             if value not in CHOICES[key]:
                 raise UserError(f"{stage}.{key} = {value} is none of {', '.join(CHOICES[key])}")
             continue
-        least, most = (1, 10**9) if isinstance(value, int) else (1e-12, 1e300)
-        least, most = BOUNDS.get(key, (least, most))
+        usual = WHOLE if isinstance(value, int) else REAL
+        least, most = BOUNDS.get(key, usual)
         if not least <= value <= most:
             raise UserError(f"{stage}.{key} = {value} is not between {least} and {most}")
     return settings

@@ -77,8 +77,9 @@ def find_prompt(record):
 def as_messages(column, value):
     """A prompt or a response as a list of chat messages; a text becomes one message."""
     if isinstance(value, str):
-        role = "user" if column == "prompt" else "assistant"
-        return [{"role": role, "content": value}] if value.strip() or role == "assistant" else []
+        if column != "prompt":
+            return [{"role": "assistant", "content": value}]
+        value = [{"role": "user", "content": value}]
     if not value or not isinstance(value, list):
         raise ValueError(f"{column!r} is neither a text nor a list of messages")
     for message in value:

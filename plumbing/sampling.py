@@ -9,16 +9,11 @@ from transformers import DynamicCache
 
 import sso
 from plumbing import server as servers
-from plumbing.models import Chat, device, inspect_chat, load_weights, precision
+from plumbing.models import device, inspect_chat, load_weights, precision
 from plumbing.records import UserError
 
 SHARED = 32             # tokens of a common prefix from which on it is read once
 ROWS_ON_CUDA = 16       # times the setting batch_size: a step's time there is that of its launches
-
-
-class Sampler(NamedTuple):
-    chat: Chat
-    shares_prefix: bool     # whether a prefix that all prompts share may be read once
 
 
 class Sampled(NamedTuple):
@@ -34,7 +29,7 @@ def load_sampler(path, server=None, probes=()):
         return servers.load_server(server, path)
     chat = inspect_chat(path, probes)
     chat = load_weights(chat, path, precision())
-    return Sampler(chat, reads_shared_prefix(chat))
+    return chat._replace(shares_prefix=reads_shared_prefix(chat))
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -84,7 +79,8 @@ def decode(chat, prompts, choose, is_over, shared=0):
             rows = [rows[row] for row in live]
             kept = torch.tensor(live, device=device)
             cache.reorder_cache(kept)
-            input_ids, attention_mask = input_ids[kept], attention_mask[kept]
+            input_ids = input_ids[kept]
+            attention_mask = attention_mask[kept]
             position_ids = position_ids[kept]
 
 
@@ -113,12 +109,15 @@ def draw(logits, randoms, temperature, top_p):
 
 def shared_prefix(prompts):
     """How many tokens all prompts begin with, at least one of each left over; 0 if they are few."""
-    first, last = min(prompts), max(prompts)
+    first = min(prompts)
+    last = max(prompts)
     most = min(map(len, prompts)) - 1
     shared = 0
     while shared < most and first[shared] == last[shared]:
         shared += 1
-    return shared if shared >= SHARED and len(prompts) > 1 else 0
+    if shared < SHARED or len(prompts) == 1:
+        return 0
+    return shared
 
 
 def reads_shared_prefix(chat):
@@ -138,29 +137,33 @@ def reads_shared_prefix(chat):
         return False
     for prompt in prompts:
         decode(chat, [prompt], choose, bool)
-    tolerance = 1e-3 if chat.model.dtype == torch.float32 else 0.2
+    tolerance = 0.2             # in nats, of bf16
+    if chat.model.dtype == torch.float32:
+        tolerance = 1e-3
     return torch.allclose(seen[0], torch.cat(seen[1:]), rtol=0, atol=tolerance)
 
 
 # ---- Text to text --------------------------------------------------------------------------------
 
-def batch_size(sampler, settings):
+def batch_size(chat, settings):
     """How many records are sampled, and then written, together."""
-    if isinstance(sampler, servers.Server):
+    if isinstance(chat, servers.Server):
         return settings["batch_size"] * servers.BATCHES_AT_ONCE
-    return settings["batch_size"] * (ROWS_ON_CUDA if device.type == "cuda" else 1)
+    if device.type == "cuda":
+        return settings["batch_size"] * ROWS_ON_CUDA
+    return settings["batch_size"]
 
 
-def sample(sampler, prompts, seeds, settings, begun=None, end=None):
+def sample(chat, prompts, seeds, settings, begun=None, end=None):
     """Sample a response to each of N prompts, lists of chat messages, each with a seed of its own.
     `begun`: texts that the responses go on from; `end`: a text after which a response is of no
     interest."""
     if not prompts:
         return Sampled([], 0)
     begun = begun or [""] * len(prompts)
-    if isinstance(sampler, servers.Server):
-        return Sampled(*servers.sample(sampler, prompts, seeds, settings, begun, end))
-    chat, encoded = sampler.chat, []
+    if isinstance(chat, servers.Server):
+        return Sampled(*servers.sample(chat, prompts, seeds, settings, begun, end))
+    encoded = []
     for messages, text in zip(prompts, begun):
         encoded.append(sso.encode_prompt(chat.tokenizer, messages) + chat.tokenizer(text).input_ids)
         if len(encoded[-1]) >= chat.context:
@@ -178,13 +181,14 @@ def sample(sampler, prompts, seeds, settings, begun=None, end=None):
             return True
         return bool(end) and end in chat.tokenizer.decode(ids).lstrip()
 
-    shared = shared_prefix(encoded) if sampler.shares_prefix else 0
-    responses, tokens = [], 0
-    for ids in decode(chat, encoded, choose, is_over, shared):
-        tokens += len(ids)
+    shared = shared_prefix(encoded) if chat.shares_prefix else 0
+    answers = decode(chat, encoded, choose, is_over, shared)
+    responses = []
+    for ids in answers:
         finished = ids[-1] in chat.stop_ids
-        text = chat.tokenizer.decode_response(ids[:-1] if finished else ids)
-        if not finished:
-            text = text.rstrip("\ufffd")            # cut off inside a character
+        if finished:
+            text = chat.tokenizer.decode_response(ids[:-1])
+        else:
+            text = chat.tokenizer.decode_response(ids).rstrip("\ufffd")     # half a character
         responses.append(sso.Response(text, finished))
-    return Sampled(responses, tokens)
+    return Sampled(responses, sum(map(len, answers)))

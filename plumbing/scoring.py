@@ -22,7 +22,8 @@ def score(chat, examples, budget=0, function=None, name="scoring"):
         def score_group(group):
             with autocast():
                 values, counts = function(chat.model, [examples[i] for i in group], chat.pad_id)
-            scores[:, :, group], tokens[:, :, group] = values, counts
+            scores[:, :, group] = values
+            tokens[:, :, group] = counts
             bar.update(len(group))
 
         memory.in_micro_batches(score_group, chat.model, examples, range(len(examples)), settings)

@@ -19,7 +19,8 @@ class Watch:
     """Watches a policy's training on a file that has yo. To be made before the training."""
 
     def __init__(self, chat, data, settings, prompts=sso.PROMPTS):
-        self.chat, self.budget = chat, settings["micro_batch_tokens"]
+        self.chat = chat
+        self.budget = settings["micro_batch_tokens"]
         self.examples = read_responses(read_jsonl(data), "original", chat, settings["max_length"],
                                        prompts)[:ANSWERS]
         if self.examples:

@@ -1,12 +1,13 @@
-"""Checkpoints made in the test: randomly initialised Qwen2, Qwen3 and Llama chat models, and a toy base model."""
+"""Checkpoints made in the tests: randomly initialised Qwen2, Qwen3 and Llama chat models. And the toy's own model.
 
-import copy
+    python -m pytest            # what a change can break
+    python -m pytest --slow     # README's commands, kills, the study, the notebook, the toy's base trained again
+"""
+
 import json
-import multiprocessing
 import os
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 import generate
-from lab import toy
-from plumbing import cli
+from plumbing.recipes import change, read_recipe
+from toy import world
 
 CHATML = ("{%- if messages[0]['role'] != 'system' and DEFAULT %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
           "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -91,43 +92,31 @@ def qwen3(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("q3") / "model", "qwen3")
 
 
-PAPER = cli.read_recipe()
-TOY = cli.change(cli.read_recipe(toy.RECIPE), principles={"batch_size": 16}, responses={"batch_size": 16})
+PAPER = read_recipe()
+TOY = change(read_recipe(world.RECIPE), principles={"batch_size": 16}, responses={"batch_size": 16})
+TOY_BASE = world.BASE       # for reading alone
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --slow all tests but those that are marked slow; with it these alone."""
+    slow = config.getoption("--slow")
+    kept = [item for item in items if (item.get_closest_marker("slow") is not None) == slow]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")
-def toy_base(tmp_path_factory):
-    """A toy base model trained for a few seconds: enough to run on, not to show anything."""
-    out = tmp_path_factory.mktemp("toy") / "base"
-    toy.build(out, seed=3, steps=150)
-    return out
-
-
-@pytest.fixture(scope="session")
-def toy_data(toy_base, tmp_path_factory):
-    """A folder with queries, principles and responses of the toy base model."""
+def toy_data(tmp_path_factory):
+    """A folder with queries, principles and responses of the toy's base model."""
     folder = tmp_path_factory.mktemp("data")
-    write_jsonl(folder / "queries.jsonl", [{"prompt": query} for query in toy.make_queries(5)[0][:48]])
-    generate.principles(toy_base, folder / "queries.jsonl", folder / "principles.jsonl", TOY)
-    generate.responses(toy_base, folder / "principles.jsonl", folder / "responses.jsonl", TOY)
+    write_jsonl(folder / "queries.jsonl", [{"prompt": query} for query in world.make_queries(5)[0][:48]])
+    generate.principles(TOY_BASE, folder / "queries.jsonl", folder / "principles.jsonl", TOY)
+    generate.responses(TOY_BASE, folder / "principles.jsonl", folder / "responses.jsonl", TOY)
     return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def default_run(request, tmp_path_factory):
-    """`python run.py` in a clean copy, beside the other tests, for the test that looks at its end."""
-    if not any(item.name == "test_the_first_command_of_the_readme" for item in request.session.items):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("clean")
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, folder)
-    for room in ("plumbing", "lab", "recipes", "lessons"):
-        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
-    with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
-        process = subprocess.Popen([sys.executable, "run.py"], cwd=folder, stdout=out, stderr=err)
-        yield process, folder
-        process.kill()
 
 
 def write_jsonl(path, records):
@@ -150,44 +139,3 @@ def run_here(line, monkeypatch):
         words[:2] = [words[1].replace(".", "/") + ".py"]
     monkeypatch.setattr(sys, "argv", words)
     runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-
-
-class ThisProcess:
-    """In place of a multiprocessing context and of its pool: what is asked for is done here."""
-
-    def __init__(self, *processes):
-        pass
-
-    def Pool(self, processes):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def imap_unordered(self, function, values):
-        return map(function, values)
-
-
-@pytest.fixture
-def small_study(toy_base, monkeypatch):
-    """The study on few queries, with a grid of one cell and its seeds in this process; returns its study.toml."""
-    from lab import study
-    small = copy.deepcopy(study.STUDY)
-    small |= {"search_seeds": [6], "search_rounds": 1}
-    small["grid"] = {stage: [{"lr": 1e-3, "epochs": 1}] for stage in small["grid"]}
-    small["best"] = dict.fromkeys(small["best"], [0, 0])
-    small["best_rounds"] = dict.fromkeys(small["best_rounds"], [0, 0])
-    small["best_reward"] = dict.fromkeys(small["best_reward"], 0)
-    load_toml = cli.load_toml       # `python -m lab.study` in this process reads it anew
-    monkeypatch.setattr(cli, "load_toml", lambda path: small if Path(path).name == "study.toml" else load_toml(path))
-    monkeypatch.setattr(study, "STUDY", small)
-    monkeypatch.setattr(study, "TOY", cli.change(study.TOY, principles={"max_new_tokens": 12}, generator={"epochs": 1},
-                                                 responses={"max_new_tokens": 6}))
-    monkeypatch.setattr(toy, "QUERIES", 8)
-    monkeypatch.setattr(toy, "HELDOUT", 8)
-    monkeypatch.setattr(toy, "build", lambda out, *args, **how: shutil.copytree(toy_base, out))
-    monkeypatch.setattr(multiprocessing, "get_context", ThisProcess)
-    return small
