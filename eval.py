@@ -61,7 +61,8 @@ def judge_marks(chat, prompts, comparisons):
     """A chat model names the better of two anonymous outputs, m or M, in both orders (Table 9). A
     mark is the share of the orders won: 0.5 each if they disagree. The probabilities of the two
     names are compared; no text is parsed."""
-    m, M = sso.Response("m", finished=False), sso.Response("M", finished=False)
+    m = sso.Response("m", finished=False)
+    M = sso.Response("M", finished=False)
     examples = []
     for number, (query, a, b) in enumerate(comparisons, 1):
         orders = [sso.Pair(sso.judge_messages(query, a.text, b.text, prompts), winner=m, loser=M),
@@ -99,8 +100,8 @@ def comparisons_of(records, role_a, role_b):
     for record in records:
         if {sso.COLUMNS[role_a], sso.COLUMNS[role_b]} <= record.keys():
             query = record["prompt"][-1]["content"]
-            a, b = sso.record_response(record, role_a), sso.record_response(record, role_b)
-            comparisons.append((query, a, b))
+            comparisons.append((query, sso.record_response(record, role_a),
+                                sso.record_response(record, role_b)))
     return comparisons
 
 
@@ -178,7 +179,8 @@ def verdict(measures):
     errors."""
     if "accuracy" not in measures:
         return "whether y+ is better than y- is not known: give --grader or --judge"
-    over_bad, over_original = measures["accuracy"], measures.get("y+ over yo")
+    over_bad = measures["accuracy"]
+    over_original = measures.get("y+ over yo")
     if over_bad["mean"] - 2 * over_bad["se"] <= 0.5:
         return f"{CHANCE}. {ADVICE}"
     if over_original and over_original["mean"] + 2 * over_original["se"] < 0.5:

@@ -101,14 +101,16 @@ def written(principles, queries, out, recipe):
 
 # ---- Step 2: responses ---------------------------------------------------------------------------
 
-def check_principles(records, roles, path):
-    """UserError, with file and line, if a record lacks the principle of a role."""
+def role_prompts(records, role, prompts, path):
+    """The prompts of a role, one a record. UserError names the line of a record without its
+    principle."""
+    messages = []
     for number, record in enumerate(records, 1):
         try:
-            for role in roles:
-                sso.role_messages(role, record)
+            messages.append(sso.role_messages(role, record, prompts))
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
+    return messages
 
 
 def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
@@ -119,15 +121,14 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
     settings = stage_settings(recipe, "responses")
     prompts = recipe["prompts"]
     records = read_jsonl(principles)
-    check_principles(records, roles, principles)
+    messages = {role: role_prompts(records, role, prompts, principles) for role in roles}
     texts = {role: prompts[role] for role in roles}
     output = Output(out, settings | texts | {"originals": originals, "server": server},
                     {"model": model, "principles": principles})
     if output.is_complete():
         print(f"{out}: complete")
         return
-    first = [sso.role_messages(role, records[0], prompts) for role in roles]
-    chat = load_sampler(model, server, probes=first)
+    chat = load_sampler(model, server, probes=[messages[role][0] for role in roles])
     output.write_note()
 
     def make(batch):
@@ -137,9 +138,8 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
             asked = batch
             if role == "original" and originals is not None:
                 asked = [i for i in batch if i < originals]
-            messages = [sso.role_messages(role, records[i], prompts) for i in asked]
             seeds = [f"{settings['seed']} {role} {i}" for i in asked]
-            answers = sample(chat, messages, seeds, settings)
+            answers = sample(chat, [messages[role][i] for i in asked], seeds, settings)
             for i, response in zip(asked, answers.responses):
                 column = sso.COLUMNS[role]
                 made[i][column] = [{"role": "assistant", "content": response.text}]

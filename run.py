@@ -16,7 +16,7 @@ import generate
 import sso
 import train
 from plumbing import command
-from plumbing.models import inspect_chat, load_tokenizer
+from plumbing.models import inspect_chat
 from plumbing.outputs import Output, write_queries
 from plumbing.recipes import PAPER, change, stage_settings
 from plumbing.records import UserError, read_json, read_jsonl, split_queries, write_text
@@ -31,11 +31,12 @@ LABELS = {"sso": "SSO", "policy": "PBAA"}
 def run_round(policy, folder, recipe, objective, write_principles, judged_by):
     """Steps 1 to 4, from a policy, in a folder with queries.jsonl. Before each training stands a
     look at what it starts from."""
-    queries, principles = folder / "queries.jsonl", folder / "principles.jsonl"
-    responses, pairs = folder / "responses.jsonl", pairs_of(folder, objective)
+    principles = folder / "principles.jsonl"
+    responses = folder / "responses.jsonl"
+    pairs = pairs_of(folder, objective)
 
     # Step 1. A good and a bad principle, p+ and p-, for each query.
-    write_principles(queries, principles, recipe)
+    write_principles(folder / "queries.jsonl", principles, recipe)
 
     # Step 2. The policy's responses: y+ under p+, y- under p-, and yo under none. The generator
     # needs yo for the queries that it trains on; the policy for all, if its own pairs have yo.
@@ -65,7 +66,8 @@ def pairs_of(folder, objective):
 
 def run_all(model, folders, out, recipe, objective, write_principles, judged_by):
     """Rounds of the method, each from the policy of the one before; the baseline; the report."""
-    policies, pairs = {"base": model}, {}
+    policies = {"base": model}
+    pairs = {}
     policy = model
     for number, folder in enumerate(folders, 1):
         run_round(policy, folder, recipe, objective, write_principles, judged_by)
@@ -89,7 +91,7 @@ def run_all(model, folders, out, recipe, objective, write_principles, judged_by)
 def measured(path, judged_by, inputs, recipe, measure):
     """The measures in a JSON file: those of measure(critic, limit), unless they are there
     already."""
-    output = Output(path, judged_by, inputs)
+    output = Output(path, {}, inputs | judged_by)
     if not output.is_current():
         critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])
         measures = measure(critic, limit)
@@ -113,25 +115,22 @@ def preflight(pairs, policy, recipe, judged_by):
 def report(out, policies, pairs, recipe, judged_by):
     """Answers of every policy to the held-out queries; report.json from them and the pairs, which
     are {name: (file, the policy that they are for, the objective that they are used in)}."""
+    heldout = out / "heldout.jsonl"
+    answers = {name: out / f"answers_{name.replace(' ', '_')}.jsonl" for name in policies}
+
     def measure(critic, limit):
-        answers = {}
         for name, policy in policies.items():
-            answers[name] = answers_file(out, name)
-            generate.responses(policy, out / "heldout.jsonl", answers[name], recipe, ["original"])
+            generate.responses(policy, heldout, answers[name], recipe, ["original"])
         rows = evaluation.measure_answers(answers, critic, limit)
         for name, (file, policy, used_in) in pairs.items():
             rows[name] |= evaluation.measure_pairs(file, policy, critic, recipe, used_in, limit)
         return rows
 
     inputs = {f"policy {name}": policy for name, policy in policies.items()}
-    inputs["heldout"] = out / "heldout.jsonl"
+    inputs["heldout"] = heldout
     measured(out / "report.json", judged_by, inputs, recipe, measure)
     evaluation.report([out])
-    print_answers({name: answers_file(out, name) for name in policies})
-
-
-def answers_file(out, name):
-    return out / f"answers_{name.replace(' ', '_')}.jsonl"
+    print_answers(answers)
 
 
 def print_answers(paths):
@@ -162,15 +161,18 @@ def check(recipe, model, queries, heldout, principles, principle_model, judge, s
     if model:
         inspect_chat(model)
     if principle_model and not server:      # a server may be gone once it has written them
-        load_tokenizer(principle_model)
+        inspect_chat(principle_model)
 
 
 def run(recipe, model=None, queries=None, heldout=None, principles=None, principle_model=None,
         objective="sso", rounds: int = 1, out="runs/toy", grader=None, judge=None,
         judge_pairs: int = evaluation.JUDGE_PAIRS, server=None):
     """The whole method and the baseline; without a model in the toy world."""
-    out, seed = Path(out), recipe["run"]["seed"]
-    stage = "generator" if sso.trains_generator(objective) else "policy"
+    out = Path(out)
+    seed = recipe["run"]["seed"]
+    stage = "policy"
+    if sso.trains_generator(objective):
+        stage = "generator"
     recipe = change(recipe, **{stage: {"objective": objective}})
     check(recipe, model, queries, heldout, principles, principle_model, judge, server)
     if model is None and judge is None:
@@ -198,7 +200,9 @@ def run(recipe, model=None, queries=None, heldout=None, principles=None, princip
 
 def default_recipe(args):
     """The toy's recipe, unless a model is given."""
-    return PAPER if args["model"] else world.RECIPE
+    if args["model"]:
+        return PAPER
+    return world.RECIPE
 
 
 if __name__ == "__main__":

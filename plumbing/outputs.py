@@ -44,7 +44,7 @@ class Output:
         self.note = {key: value for key, value in settings.items() if key not in NO_EFFECT}
         for name, source in inputs.items():
             self.note[name] = str(source)
-            if Path(source).exists():
+            if Path(str(source)).exists():
                 self.note[name] = f"{Path(source).name} with content {fingerprint(source)}"
 
     def difference(self):

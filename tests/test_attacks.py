@@ -56,8 +56,8 @@ for name, text, expected in (
         ("not UTF-8", b'{"prompt": "\xff"}', NONE), ("half a surrogate pair", '{"prompt": "\\ud800"}', NONE),
         ("NUL bytes", b"\0\0\0", NONE), ("nested too deep", '{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}", NONE),
         ("no prompt", '{"text": "a"}', "line 1: a record without a 'prompt'"),
-        ("empty prompt", '{"prompt": ""}', "line 1: a record without a 'prompt'"),
-        ("blank prompt", '{"prompt": " \\n"}', "line 1: a record without a 'prompt'"),
+        ("empty prompt", '{"prompt": ""}', "line 1: the last message of 'prompt' is empty"),
+        ("blank prompt", '{"prompt": " \\n"}', "line 1: the last message of 'prompt' is empty"),
         ("prompt null", '{"prompt": null}', PROMPT), ("prompt a number", '{"prompt": 7}', PROMPT),
         ("prompt an object", '{"prompt": {"role": "user"}}', PROMPT), ("prompt an empty list", '{"prompt": []}', PROMPT),
         ("prompt a list of texts", '{"prompt": ["a"]}', PROMPT),
@@ -109,7 +109,7 @@ for name, changes, words, reason in (
         ("all equal", {"rejected": "So. "}, "", "chosen equals rejected"), ("all empty", {"chosen": " "}, "", "empty response"),
         ("nothing but an end token", {"chosen": "<|im_end|>\n"}, "", "empty response"),
         ("no room for the prompt", {}, " --set policy.max_length=8", "no room behind the prompt in max_length 8"),
-        ("equal up to the cut", {"chosen": "So, so.", "rejected": "So, no."}, " --set policy.max_length=36",
+        ("equal up to the cut", {"chosen": "So, so.", "rejected": "So, no."}, " --set policy.max_length=45",
          "chosen equals rejected up to max_length")):
     CASES[f"pairs: {name}"] = (POLICY + words, {"bad.jsonl": line(**changes)}, f"bad.jsonl: no pair is left: .*'{reason}': 1")
 
@@ -124,14 +124,14 @@ for words in "temperature=-1 temperature=inf temperature=nan top_p=0 top_p=1.1 m
                                               f"responses.{words.replace('=', ' = ')}.* is not between")
 for words, expected in (
         ("--seed -1", "policy.seed = -1 is not between"), (f"--seed {10**23}", "policy.seed = 10{23} is not between"),
-        ("--seed x", "--set run.seed=x: run seed = 'x' is not of the type of 0"),
+        ("--seed x", "--set run.seed=x: run: seed = 'x' is not of the type of 0"),
         ("--set lr=1", "--set lr=1: has no 'lr'; it has run, principles"),
         ("--set policy=1", "--set policy=1: policy: has no ''; it has objective"),
         ("--set policy.lrr=1", "--set policy.lrr=1: policy: has no 'lrr'; it has objective"),
         ("--set polycy.lr=1", "--set polycy.lr=1: has no 'polycy'; it has run, principles"),
-        ("--set policy.lr", "policy lr = '' is not of the type of 5e-07"),
-        ("--set policy.lr=high", "policy lr = 'high' is not of the type of 5e-07"),
-        ("--set policy.epochs=1.5", "policy epochs = 1.5 is not of the type of 1"),
+        ("--set policy.lr", "policy: lr = '' is not of the type of 5e-07"),
+        ("--set policy.lr=high", "policy: lr = 'high' is not of the type of 5e-07"),
+        ("--set policy.epochs=1.5", "policy: epochs = 1.5 is not of the type of 1"),
         ("--set policy.objective=dpo", "policy.objective = dpo is none of sso, plus"),
         ("--set policy.base_loss=kto", "policy.base_loss = kto is none of dpo, ipo"),
         ("--set policy.logps=slow", "policy.logps = slow is none of plain, fast"),
@@ -164,10 +164,10 @@ for name, words, expected in (
         ("two critics", ANSWERS + " --grader grader.py --judge model", "--grader and --judge exclude each other"),
         ("judge pairs 0", ANSWERS + " --judge model --judge-pairs 0", "--judge-pairs is at least 1"),
         ("server that is not there", ANSWERS + " --judge m --server http://localhost:1/v1", "--server http://localhost:1/v1"),
-        ("a toy world that is none", "python -m toy.world principles --world x --queries good.jsonl --out new.jsonl", "'x'"),
+        ("a toy world that is none", "python -m toy.world principles --world x --queries toy.jsonl --out new.jsonl", "x. is none"),
         ("report of no run", "python eval.py report none", "none/report.json: no such file"),
         ("other queries in two files", ANSWERS + " other.jsonl", "other.jsonl: answers to other queries than those of the")):
-    CASES[f"flag: {name}"] = (words, {"bad.jsonl": GOOD}, expected)
+    CASES[f"flag: {name}"] = (words, {"bad.jsonl": GOOD, "toy.jsonl": '{"prompt": "sort these words : axe"}'}, expected)
 
 # ---- Graders and recipes
 for name, text, expected in (
@@ -184,7 +184,7 @@ for name, text, expected in (
         ("no TOML", "[policy", "Expected ']'"), ("no section", "lr = 1.0", "has no 'lr'"),
         ("unknown setting", "[policy]\nlrr = 1.0", "policy: has no 'lrr'; it has objective"),
         ("section a number", "policy = 1", "policy = 1 is not of the type of {"),
-        ("wrong type", "[policy]\nlr = 'x'", "policy lr = 'x' is not of the type of 5e-07"),
+        ("wrong type", "[policy]\nlr = 'x'", "policy: lr = 'x' is not of the type of 5e-07"),
         ("not UTF-8", b"\xff", ".*utf-8"), ("nested too deep", "a = " + "[" * 100_000, "")):
     CASES[f"recipe: {name}"] = (f"{POLICY} --recipe bad.toml", {"bad.jsonl": GOOD, "bad.toml": text}, f"bad.toml: {expected}")
 CASES["recipe: out of range"] = (f"{POLICY} --recipe bad.toml", {"bad.jsonl": GOOD, "bad.toml": "[policy]\nlr = inf"},
@@ -272,7 +272,7 @@ MODELS = {      # name -> what is done to all but the weights of a good checkpoi
                   "its weights are quantised, and cannot be trained; use the original ones"),
     "no cache": (lambda path: MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1).save_pretrained(path),
                  "MambaForCausalLM has no cache of keys and values, which sampling needs"),
-    "too large": (lambda path: change_json(path, "config.json", hidden_size=2**20), r"it takes \d.* GB of memory, .* free"),
+    "too large": (lambda path: change_json(path, "config.json", vocab_size=10**12), r"it takes \d.* GB of memory, .* free"),
     "config no JSON": (lambda path: write(path, "config.json", "{"), ""),
     "config of no model": (lambda path: write(path, "config.json", '{"model_type": "none"}'), ""),
     "code of its own": (lambda path: write(path, "config.json", json.dumps(
@@ -292,7 +292,7 @@ MODELS = {      # name -> what is done to all but the weights of a good checkpoi
                                         "its chat template closes an answer with no special token"),
     "template of tokens beyond the embedding": (
         lambda path: (extra_token(path, "<new>"), template(path, "{% for m in messages %}{{ m.content }}<new>{% endfor %}")),
-        "its chat template writes token 400, '<new>', and its embedding has 259 rows: resize it"),
+        "its chat template writes token 259, '<new>', and its embedding has 259 rows: resize it"),
 }
 
 
@@ -321,8 +321,8 @@ def ends_in_one_line(words, expected, folder, monkeypatch, capsys):
         run_here(words, monkeypatch)
     said = end.value.code
     if said == 2:                       # argparse's: its own last line
-        said = capsys.readouterr().err.strip().splitlines()[-1].split(".py ")[-1]
-    assert re.match("error: ", said) and "\n" not in said and re.search(expected, said), said
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in said and "\n" not in said and re.search(expected, said), said
     after = contents(folder)
     assert {path: after.get(path) for path in before} == before
     return after.keys() - before.keys()
@@ -339,3 +339,135 @@ def test_bad_input_ends_in_one_line_before_anything_is_loaded_or_written(name, p
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     new = ends_in_one_line(words, expected, place, monkeypatch, capsys)
     assert not new or late, new
+
+
+@pytest.mark.parametrize("name", [*MODELS, *(f"weights: {name}" for name in WEIGHTS)])
+def test_a_bad_model_ends_in_one_line(name, place, qwen3, monkeypatch, capsys):
+    shutil.copytree(qwen3, place / "bad")
+    if name in MODELS:
+        spoil, expected = MODELS[name]
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    else:
+        spoil, expected = WEIGHTS[name.removeprefix("weights: ")]
+    spoil(place / "bad")
+    words = RESPONSES.replace("--model model", "--model bad").replace("bad.jsonl", "good.jsonl")
+    assert not ends_in_one_line(words, f"^error: model bad: {expected}", place, monkeypatch, capsys)
+
+
+def test_a_pad_token_beyond_the_embedding_is_no_trouble(place, qwen3, monkeypatch):
+    """Another id pads."""
+    shutil.copytree(qwen3, place / "bad")
+    extra_token(place / "bad", "<pad>")
+    change_json(place / "bad", "tokenizer_config.json", pad_token="<pad>")
+    (place / "bad.jsonl").write_text(line() + "\n" + line(prompt="Why not?", chosen="So it is."))
+    for words in (RESPONSES + " --set responses.max_new_tokens=2", POLICY):
+        run_here(words.replace("--model model", "--model bad"), monkeypatch)
+    assert (place / "new.jsonl").exists() and (place / "new/model.safetensors").exists()
+
+
+# ---- What is not a bad file ----------------------------------------------------------------------
+
+def test_the_second_of_two_processes_at_one_output_ends_in_one_line(place, monkeypatch, capsys):
+    """A training's folder, and a file. Beside them another may work; and the death of the holder ends its lock."""
+    outs = {"runs/x": POLICY.replace("new", "runs/x"), "runs/y.jsonl": RESPONSES.replace("new.jsonl", "runs/y.jsonl")}
+    hold = "import sys, plumbing.command as c\nwith c.locked(sys.argv[1]), c.locked(sys.argv[2]): print(flush=True), input()"
+    with subprocess.Popen([sys.executable, "-c", hold, *outs], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}) as holder:
+        holder.stdout.readline()
+        (place / "bad.jsonl").write_text(GOOD)
+        for out, words in outs.items():
+            ends_in_one_line(words, f"another process is at work on {out}; wait for its end, or choose another --out", place,
+                             monkeypatch, capsys)
+        run_here(RESPONSES.replace("new", "runs/z") + " --set responses.max_new_tokens=2", monkeypatch)
+        holder.kill()
+    for words in outs.values():
+        run_here(words + " --set responses.max_new_tokens=2", monkeypatch)
+    assert not list((place / "runs").glob(".*"))
+
+
+def interrupt_training(place, monkeypatch):
+    """SIGTERM within the first update. Returns the command."""
+    log = Progress.log
+
+    def log_and_stop(progress, row):
+        os.kill(os.getpid(), signal.SIGTERM)
+        log(progress, row)
+
+    (place / "bad.jsonl").write_text(GOOD)
+    words = POLICY + " --set policy.epochs=2"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; the same command continues where"):
+        patch.setattr(Progress, "log", log_and_stop)
+        run_here(words, patch)
+    assert len((place / "new.partial/log.jsonl").read_text().splitlines()) == 1
+    assert torch.load(place / "new.partial/checkpoint.pt")["step"] == 1
+    return words
+
+
+def test_a_full_disk_is_one_line_and_the_command_goes_on(place, monkeypatch, capsys):
+    """The device /dev/full stands where the file is to be."""
+    training = interrupt_training(place, monkeypatch)
+    sampling = RESPONSES + " --set responses.max_new_tokens=2"
+    monkeypatch.setattr("plumbing.checkpoint.SAVE_SECONDS", 0)
+    for words, file in ((sampling, "new.jsonl.tmp"), (training, "new.partial/checkpoint.tmp"),
+                        (training, "new.partial/config.json")):
+        (place / file).symlink_to("/dev/full")
+        ends_in_one_line(words, "no disk space", place, monkeypatch, capsys)
+        (place / file).unlink(missing_ok=True)
+    run_here(sampling, monkeypatch)
+    run_here(training, monkeypatch)
+    assert (place / "new.jsonl").exists() and len((place / "new/log.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", None])
+def test_a_checkpoint_that_is_none_is_one_line(content, place, monkeypatch, capsys):
+    words = interrupt_training(place, monkeypatch)
+    checkpoint = place / "new.partial/checkpoint.pt"
+    if content is None:
+        torch.save({"step": 1, "model": {}}, checkpoint)
+    else:
+        checkpoint.write_bytes(content)
+    ends_in_one_line(words, "new.partial/checkpoint.pt: not a checkpoint of this training .*; delete it to start over", place,
+                     monkeypatch, capsys)
+
+
+def test_a_partial_file_of_something_else_is_refused(place, monkeypatch, capsys):
+    (place / "bad.jsonl").write_text(GOOD)
+    words = RESPONSES + " --set responses.max_new_tokens=2"
+    run_here(words, monkeypatch)
+    (place / "new.jsonl").unlink()
+    for left in ("mine", "[1]", '{"one": {}}'):
+        (place / "new.jsonl.partial").write_text(left + "\n")
+        ends_in_one_line(words, "new.jsonl.partial: not what this command began; delete it", place, monkeypatch, capsys)
+
+
+def test_a_bug_of_this_project_shows_its_traceback(place, monkeypatch):
+    monkeypatch.setattr("plumbing.outputs.grow", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_here(RESPONSES.replace("bad", "good"), monkeypatch)
+
+
+def test_all_of_an_input_counts_for_its_identity(place, qwen3):
+    """The last byte of data; of a checkpoint its template and settings, not its log."""
+    seen = set()
+    for last in "ab":
+        (place / "big.jsonl").write_text("a" * 2**21 + last)
+        os.utime(place / "big.jsonl", ns=(1, ord(last)))
+        seen.add(fingerprint(place / "big.jsonl"))
+    copy = shutil.copytree(qwen3, place / "copy")
+    seen.add(fingerprint(copy))
+    for name in ("chat_template.jinja", "config.json", "tokenizer_config.json"):
+        write(copy, name, (copy / name).read_text() + "\n")
+        seen.add(fingerprint(copy))
+    write(copy, "log.jsonl", "{}")
+    assert len(seen) == 6 and fingerprint(copy) in seen
+
+
+def test_a_query_that_is_there_twice_is_counted_and_on_one_side_of_the_split(place, capsys):
+    write_jsonl(place / "twice.jsonl", [{"prompt": f"q{number % 20}"} for number in range(200)])
+    _, held = split_queries("twice.jsonl", None, seed=0)
+    write_jsonl(place / "held.jsonl", held)
+    for given in (None, "held.jsonl"):
+        parts = split_queries("twice.jsonl", given, seed=0)
+        queries, held = [{record["prompt"][0]["content"] for record in part} for part in parts]
+        assert queries | held == {f"q{number}" for number in range(20)} and (len(queries), len(held)) == (18, 2)
+    assert "twice.jsonl: 180 duplicate queries are left out" in capsys.readouterr().out
