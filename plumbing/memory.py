@@ -49,12 +49,16 @@ def group_bytes():
     return left
 
 
-def free_bytes():
-    """Memory that this process may still take, of the card if there is one."""
+def give_back():
+    """Let the system have what this process has freed. The C library of Linux keeps it: gigabytes,
+    after a training."""
     gc.collect()
-    # The C library of Linux keeps what this process has freed: gigabytes, after a training.
     with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_bytes():
+    """Memory that this process may still take, of the card if there is one."""
     if torch.cuda.is_available():
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + kept
@@ -113,6 +117,7 @@ def plan(chat, examples, settings):
     # weights in bf16.
     fixed = 4 * weights + 4 * chat.model.get_input_embeddings().weight.nbytes
     fixed += torch.cuda.is_available() * weights // 2
+    give_back()
     free = free_bytes() + weights
     room = SHARE * free - fixed
     budget = settings["micro_batch_tokens"]

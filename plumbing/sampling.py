@@ -47,23 +47,21 @@ def decode(chat, prompts, choose, is_over, shared=0):
         start = width - len(prompt) + shared
         input_ids[row, start:] = torch.tensor(prompt[shared:])
         attention_mask[row, start:] = 1
-    attention_mask = attention_mask.to(device)
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                          # (N, T)
-    cache = DynamicCache(config=chat.model.config.get_text_config())
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)      # (N, T)
+    options = {"past_key_values": DynamicCache(config=chat.model.config.get_text_config()),
+               "use_cache": True, "logits_to_keep": 1}
     if shared:
-        prefix = torch.tensor([prompts[0][:shared]], device=device)                     # (1, S)
-        chat.model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.reorder_cache(torch.zeros(len(prompts), dtype=torch.long, device=device))
-    input_ids = input_ids[:, shared:].to(device)                                      # (N, T-S)
-    position_ids = position_ids[:, shared:]                                           # (N, T-S)
+        chat.model(torch.tensor([prompts[0][:shared]], device=device), **options)       # (1, S)
+        options["past_key_values"].reorder_cache(torch.zeros_like(input_ids[:, 0]).to(device))
+    step = {"input_ids": input_ids[:, shared:], "attention_mask": attention_mask,
+            "position_ids": position_ids[:, shared:]}
+    step = {name: tensor.to(device) for name, tensor in step.items()}
 
     answers = [[] for _ in prompts]
     over = [False for _ in prompts]
     rows = list(range(len(prompts)))        # the number of each row's prompt
     while True:
-        logits = chat.model(input_ids=input_ids, attention_mask=attention_mask,
-                            position_ids=position_ids, past_key_values=cache, use_cache=True,
-                            logits_to_keep=1).logits[:, -1]                             # (N, V)
+        logits = chat.model(**step, **options).logits[:, -1]                            # (N, V)
         tokens = choose(logits, rows)                                                   # (N,)
         for i, token in zip(rows, tokens.tolist()):
             if not over[i]:
@@ -72,16 +70,14 @@ def decode(chat, prompts, choose, is_over, shared=0):
         live = [row for row, i in enumerate(rows) if not over[i]]
         if not live:
             return answers
-        input_ids = tokens[:, None]                                                     # (N, 1)
-        attention_mask = F.pad(attention_mask, (0, 1), value=1)                       # (N, T+1)
-        position_ids = position_ids[:, -1:] + 1                                         # (N, 1)
+        step = {"input_ids": tokens[:, None],                                           # (N, 1)
+                "attention_mask": F.pad(step["attention_mask"], (0, 1), value=1),       # (N, T+1)
+                "position_ids": step["position_ids"][:, -1:] + 1}                       # (N, 1)
         if len(live) < 0.75 * len(rows):    # drop the rows whose answers are over
             rows = [rows[row] for row in live]
             kept = torch.tensor(live, device=device)
-            cache.reorder_cache(kept)
-            input_ids = input_ids[kept]
-            attention_mask = attention_mask[kept]
-            position_ids = position_ids[kept]
+            options["past_key_values"].reorder_cache(kept)
+            step = {name: tensor[kept] for name, tensor in step.items()}
 
 
 def draw(logits, randoms, temperature, top_p):
@@ -137,9 +133,7 @@ def reads_shared_prefix(chat):
         return False
     for prompt in prompts:
         decode(chat, [prompt], choose, bool)
-    tolerance = 0.2             # in nats, of bf16
-    if chat.model.dtype == torch.float32:
-        tolerance = 1e-3
+    tolerance = {torch.float32: 1e-3}.get(chat.model.dtype, 0.2)        # in nats
     return torch.allclose(seen[0], torch.cat(seen[1:]), rtol=0, atol=tolerance)
 
 

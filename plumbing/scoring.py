@@ -18,13 +18,15 @@ def score(chat, examples, budget=0, function=None, name="scoring"):
     settings = {"micro_batch_tokens": budget}
     scores = torch.zeros(2, len(examples[0]), len(examples), device=device)
     tokens = torch.zeros_like(scores, dtype=torch.long)
-    with tqdm(total=len(examples), desc=name, leave=False) as bar:
-        def score_group(group):
-            with autocast():
-                values, counts = function(chat.model, [examples[i] for i in group], chat.pad_id)
-            scores[:, :, group] = values
-            tokens[:, :, group] = counts
-            bar.update(len(group))
+    bar = tqdm(total=len(examples), desc=name, leave=False)
 
-        memory.in_micro_batches(score_group, chat.model, examples, range(len(examples)), settings)
+    def score_group(group):
+        with autocast():
+            values, counts = function(chat.model, [examples[i] for i in group], chat.pad_id)
+        scores[:, :, group] = values
+        tokens[:, :, group] = counts
+        bar.update(len(group))
+
+    memory.in_micro_batches(score_group, chat.model, examples, range(len(examples)), settings)
+    bar.close()
     return scores, tokens
