@@ -20,7 +20,7 @@ import sso
 from plumbing import command, sampling
 from plumbing.examples import teaches_nothing
 from plumbing.outputs import Output, grow
-from plumbing.principles import begun_answer, check_form, cut, with_principles
+from plumbing.principles import check_form, in_one_answer, in_two_stages, with_principles
 from plumbing.recipes import stage_settings
 from plumbing.records import UserError, as_lines, read_jsonl, read_queries, write_text
 from plumbing.sampling import load_sampler, sample
@@ -32,8 +32,7 @@ def principles(model, queries, out, recipe, server=None):
     """Write to OUT each query with a bad and a good principle, by a chat model."""
     settings = stage_settings(recipe, "principles")
     prompts = recipe["prompts"]
-    form = prompts["principles"]
-    check_form(form)
+    check_form(prompts["principles"])
     texts = {name: prompts[name] for name in ("principles", "fallback_good", "fallback_bad")}
     records = read_queries(queries)
     output = Output(out, settings | texts | {"server": server},
@@ -45,21 +44,14 @@ def principles(model, queries, out, recipe, server=None):
     chat = load_sampler(model, server, probes=asked[:1])
     output.write_note()
 
-    def make(batch):
-        """Two stages: the model goes on with an answer that is begun for it."""
-        messages = [asked[i] for i in batch]
-        begun = [begun_answer(prompts=prompts)] * len(batch)
-        seeds = [f"{settings['seed']} bad principle {i}" for i in batch]
-        first = sample(chat, messages, seeds, settings, begun, form["end"])
-        bad = [cut(answer.text, prompts) for answer in first.responses]
-        begun = [begun_answer(principle, prompts) for principle in bad]
-        seeds = [f"{settings['seed']} good principle {i}" for i in batch]
-        second = sample(chat, messages, seeds, settings, begun, form["end"])
-        good = [cut(answer.text, prompts) for answer in second.responses]
-        made = [with_principles(records[i], *pair, prompts) for i, *pair in zip(batch, bad, good)]
-        return made, first.tokens + second.tokens
+    write = in_one_answer if server else in_two_stages
 
-    made = grow(out, records, make, sampling.batch_size(chat, settings))
+    def make(batch):
+        seeds = [f"{settings['seed']} principles {i}" for i in batch]
+        pairs, tokens = write(chat, [asked[i] for i in batch], seeds, settings, prompts)
+        return [with_principles(records[i], *pair, prompts) for i, pair in zip(batch, pairs)], tokens
+
+    made = grow(out, records, make, *sampling.sizes(chat, settings))
     faults = Counter(record["fallback"] for record in made if record["fallback"])
     print(f"{out}: {len(made)} queries; with the fixed pair of principles: "
           f"{dict(faults) or 'none'}")
@@ -76,7 +68,7 @@ def written(principles, queries, out, recipe):
     seed = stage_settings(recipe, "run")["seed"]
     keys = ("good_principle", "bad_principle")
     by_query, general = {}, []
-    for record in read_jsonl(principles, needs=keys):
+    for record in read_jsonl(principles, needs=keys, uses=()):
         if "prompt" in record:
             by_query[record["prompt"][-1]["content"]] = record
         else:
@@ -120,7 +112,7 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
     first so many queries alone, those that a generator is trained on."""
     settings = stage_settings(recipe, "responses")
     prompts = recipe["prompts"]
-    records = read_jsonl(principles)
+    records = read_jsonl(principles, uses=())
     messages = {role: role_prompts(records, role, prompts, principles) for role in roles}
     texts = {role: prompts[role] for role in roles}
     output = Output(out, settings | texts | {"originals": originals, "server": server},
@@ -147,8 +139,8 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
             tokens += answers.tokens
         return list(made.values()), tokens
 
-    made = grow(out, records, make, sampling.batch_size(chat, settings))
-    if {"chosen", "rejected"} <= made[0].keys():
+    made = grow(out, records, make, *sampling.sizes(chat, settings))
+    if {"good", "bad"} <= set(roles):
         reasons = [teaches_nothing(sso.preference_pairs(record, "policy")) for record in made]
         skipped = Counter(reason for reason in reasons if reason)
         print(f"{out}: {len(made)} pairs; skipped in training: {dict(skipped) or 'none'}")

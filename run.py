@@ -155,7 +155,7 @@ def check(recipe, model, queries, heldout, principles, principle_model, judge, s
     if server and not (principle_model or judge):
         raise UserError("--server goes with --principle-model or --judge; --model is trained here")
     if principles:
-        read_jsonl(principles, needs=())
+        read_jsonl(principles, needs=(), uses=())
     for stage in STAGES:
         stage_settings(recipe, stage)
     if model:

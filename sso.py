@@ -173,7 +173,9 @@ def role_messages(role, record, prompts=PROMPTS):
     texts = {"query": query["content"], "principle": principle}
     system = fill(prompts[role]["system"], **texts)
     messages = earlier + [query | {"content": fill(prompts[role]["user"], **texts)}]
-    if system:
+    if system and earlier and earlier[0]["role"] == "system":       # the user's own
+        messages[0] = {"role": "system", "content": f"{system}\n\n{earlier[0]['content']}"}
+    elif system:
         messages = [{"role": "system", "content": system}] + messages
     return messages
 

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import eval as evaluation
-from plumbing import cli
-from plumbing.chat import load_chat
-from plumbing.files import UserError, read_jsonl
+import sso
+from plumbing import command
+from plumbing.models import load_chat
+from plumbing.recipes import stage_settings
+from plumbing.records import UserError, read_jsonl
 
 try:
     import matplotlib
@@ -19,8 +21,8 @@ try:
 except ImportError:
     pyplot = None
 
-COLORS = {"PBAA": "tab:orange", "SSO": "tab:blue", "chosen": "tab:green", "rejected": "tab:red",
-          "original": "tab:gray", "y+ over yo": "tab:purple"}
+COLORS = {"chosen": "tab:green", "rejected": "tab:red", "original": "tab:gray"}
+LOGGED = ("loss", "margin", "accuracy", "chosen_rewards", "rejected_rewards", "p(original)")
 
 
 def check_matplotlib():
@@ -33,10 +35,10 @@ def draw(path, panels):
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False)
-    for axis, panel in zip(axes.flat, panels):
-        panel(axis)
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
+    for axis, panel in zip(axes.flat, panels):
+        panel(axis)
     figure.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -49,97 +51,75 @@ def draw(path, panels):
 
 # ---- Panels --------------------------------------------------------------------------------------
 
-def both(measures):
-    """Figure 3's x: the mean of p(chosen) and p(rejected), with half the sum of their spreads."""
-    cells = measures["p(chosen)"], measures["p(rejected)"]
-    spreads = [cell.get("sd", cell.get("se")) for cell in cells]
-    return (cells[0]["mean"] + cells[1]["mean"]) / 2, sum(spreads) / 2
-
-
 def figure3(rows, axes):
-    """On-policy probability of both responses against accuracy of the pairs, of {name: measures};
-    an arrow from the first to the second, PBAA to SSO."""
+    """On-policy probability of both responses against accuracy of the pairs, of {name: measures},
+    with standard errors; an arrow from the first to the second, PBAA to SSO."""
     points = []
     for name, measures in rows.items():
-        x, x_spread = both(measures)
-        y = measures["accuracy"]["mean"]
-        y_spread = measures["accuracy"].get("sd", measures["accuracy"].get("se"))
-        axes.errorbar(x, y, xerr=x_spread, yerr=y_spread, marker="o", capsize=2, label=name)
-        points.append((x, y))
+        chosen, rejected, y = (measures[key] for key in ("p(chosen)", "p(rejected)", "accuracy"))
+        x = (chosen["mean"] + rejected["mean"]) / 2
+        axes.errorbar(x, y["mean"], xerr=(chosen["se"] + rejected["se"]) / 2, yerr=y["se"],
+                      marker="o", capsize=2, label=name)
+        points.append((x, y["mean"]))
     if len(points) > 1:
-        axes.annotate("", points[1], points[0],
-                      arrowprops={"arrowstyle": "->", "shrinkA": 8, "shrinkB": 8})
+        axes.annotate("", points[1], points[0], arrowprops={"arrowstyle": "->"})
     axes.margins(0.15)
-    axes.legend(fontsize=8)
+    axes.legend()
     axes.set(title="Quality of the pairs (Figure 3)", ylabel="accuracy of the pairs",
              xlabel="average probability of both responses under the policy")
 
 
 def distributions(path, policy, recipe):
     """{column: p(·) of its responses under the policy}: what Figure 1 sketches."""
-    chat, records = load_chat(policy), read_jsonl(path)
-    lists = {}
-    for column, role in (("chosen", "good"), ("rejected", "bad"), ("original", "original")):
-        values = evaluation.probabilities(chat, path, records, role, recipe)
-        if values:
-            lists[column] = values
-    return lists
+    chat = load_chat(policy, "fast")
+    records = read_jsonl(path)
+    settings = stage_settings(recipe, "policy")
+    return {column: evaluation.probabilities(chat, records, role, settings, recipe["prompts"])
+            for role, column in sso.COLUMNS.items()}
 
 
 def figure1(title, lists, axes):
-    """How p(·) is distributed, of {name: list}."""
-    for name, values in lists.items():
-        axes.hist(values, bins=40, range=(0, 1), density=True, histtype="stepfilled", alpha=0.4,
-                  label=name, color=COLORS[name])
+    """How p(·) is distributed, of {column: list}."""
+    for column, values in lists.items():
+        if values:
+            axes.hist(values, bins=40, range=(0, 1), density=True, histtype="stepfilled",
+                      alpha=0.4, label=column, color=COLORS[column])
     axes.set(title=title, xlabel="exp(mean token log-prob) under the policy", ylabel="density")
-    axes.legend()
-
-
-def over_rounds(title, curves, axes):
-    """A measure over rounds, mean and sd over seeds: {name: {round: cell}}."""
-    for name, cells in curves.items():
-        rounds = [number for number, cell in cells.items() if cell]
-        axes.errorbar([int(number) for number in rounds],
-                      [cells[number]["mean"] for number in rounds],
-                      yerr=[cells[number]["sd"] for number in rounds],
-                      marker="o", capsize=2, label=name, color=COLORS.get(name))
-    axes.set(title=title, xlabel="round")
     axes.legend()
 
 
 def training_curve(key, logs, axes):
     """One number of log.jsonl over the steps, {path: rows}."""
     for path, rows in logs.items():
-        if key in rows[0]:
-            shown = [row for row in rows if key in row]
-            axes.plot([row["step"] for row in shown], [row[key] for row in shown], label=path)
+        shown = [row for row in rows if key in row]
+        axes.plot([row["step"] for row in shown], [row[key] for row in shown], label=path)
     axes.set(title=key, xlabel="step")
-    axes.legend(fontsize=7)
+    axes.legend()
 
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-def draw_pairs(files, policy, out, recipe, grader=None, judge=None,
-               judge_pairs: int = evaluation.JUDGE_PAIRS):
-    """Figure 3, and Figure 1 measured, of preference files."""
+def pairs(files, policy, out, recipe, grader=None, judge=None,
+          judge_pairs: int = evaluation.JUDGE_PAIRS):
+    """Draw Figure 3, and Figure 1 measured, of preference files."""
     check_matplotlib()
     critic, limit = evaluation.load_critic(grader, judge, judge_pairs, recipe["prompts"])
     if critic is None:
         raise UserError("Figure 3 needs a critic: give --grader or --judge")
-    rows, panels = {}, []
+    rows = {}
+    panels = [partial(figure3, rows)]
     for path in files:
         rows[path] = evaluation.measure_pairs(path, policy, critic, recipe, limit=limit)
         panels.append(partial(figure1, path, distributions(path, policy, recipe)))
-    draw(out, [partial(figure3, rows), *panels])
+    draw(out, panels)
 
 
-def draw_logs(files, out):
-    """Training curves, of log.jsonl files."""
+def log(files, out):
+    """Draw training curves, of log.jsonl files."""
     check_matplotlib()
     logs = {path: read_jsonl(path, needs=()) for path in files}
-    keys = ("loss", "margin", "accuracy", "chosen_rewards", "rejected_rewards", "p(original)")
-    draw(out, [partial(training_curve, key, logs) for key in keys])
+    draw(out, [partial(training_curve, key, logs) for key in LOGGED])
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("pairs", draw_pairs, []), ("log", draw_logs, []))
+    command.run(__doc__, pairs, log)

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from plumbing import files
-from plumbing.chat import device
+from plumbing.models import device
+from plumbing.records import write_text
 
-PROCESS = Path("/proc/self")        # what Linux tells of this process; nobody else does
+PROCESS = Path("/proc/self")        # what Linux tells about this process; nobody else does
 
 
 def write(path, **numbers):
@@ -24,15 +24,15 @@ def write(path, **numbers):
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     if device.type == "cuda":
         machine += f", {torch.cuda.get_device_name()}"
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__}
     origin = {"command": " ".join(["python", *sys.orig_argv[1:]]), "machine": machine,
-              "commit": git.stdout.strip() or "unknown",
-              "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                           "transformers": transformers.__version__}}
-    files.write_text(path, json.dumps(origin | numbers, indent=1) + "\n")
+              "commit": git.stdout.strip() or "unknown", "versions": versions}
+    write_text(path, json.dumps(origin | numbers, indent=1) + "\n")
 
 
 def begin_peak():
-    """Begin the peak of memory anew, at what is held."""
+    """Forget the peak of memory so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif PROCESS.exists():
@@ -41,10 +41,9 @@ def begin_peak():
 
 def peak_bytes():
     """The most memory since `begin_peak`: of torch's allocator on CUDA, else resident of the
-    process; None where the system does not say."""
+    process. None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    if not PROCESS.exists():
-        return None
-    status = (PROCESS / "status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    if PROCESS.exists():
+        found = re.search(r"VmHWM:\s+(\d+)", (PROCESS / "status").read_text())
+        return 1024 * int(found[1])

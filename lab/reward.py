@@ -1,191 +1,149 @@
-"""Reward models on preference pairs (Section 5.3, Table 2): Bradley-Terry, in a loop of its own.
+"""Reward models on preference pairs (Section 5.3, Table 2): Bradley-Terry, in the loop of train.py.
 
     python -m lab.reward train pairs.jsonl [more.jsonl] --model M --out runs/reward
     python -m lab.reward eval F.jsonl [G.jsonl] --model runs/reward
 
-What is written is an ordinary `AutoModelForSequenceClassification` folder. Of a file with a column
-`subset`, RewardBench's or another, accuracies are by subset too; of RewardBench also by section.
+What is written is an ordinary `AutoModelForSequenceClassification` folder. If a file has a column
+`subset`, accuracies are by subset, too; for RewardBench also by section.
 """
 
-import random
 from pathlib import Path
+from statistics import fmean
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-from plumbing import cli, fast, memory
-from plumbing.chat import autocast, load_chat, micro_batches, score, spare
-from plumbing.checkpoint import Progress, check_space, save_model
-from plumbing.files import Output, UserError, encode_record, read_examples, read_jsonl
-from plumbing.guard import uninterrupted
+import sso
+from plumbing import command
+from plumbing.examples import encode_record, read_examples
+from plumbing.memory import plan
+from plumbing.models import device, inspect_chat, load_weights, spare
+from plumbing.outputs import Output
+from plumbing.recipes import stage_settings
+from plumbing.records import UserError, read_jsonl
+from plumbing.scoring import score
 from plumbing.tables import print_table, stat
-from train import learning_rate, make_batches, make_optimizer
+from train import fit
 
 # RewardBench's sections: SUBSET_MAPPING in rewardbench/constants.py of
-# github.com/allenai/reward-bench.
+# github.com/allenai/reward-bench. The prompts of a line count alike, the lines of a section, too.
 SECTIONS = {
-    "Chat": "alpacaeval-easy alpacaeval-length alpacaeval-hard mt-bench-easy mt-bench-med",
-    "Chat Hard": "mt-bench-hard llmbar-natural llmbar-adver-neighbor llmbar-adver-GPTInst "
-                 "llmbar-adver-GPTOut llmbar-adver-manual",
-    "Safety": "refusals-dangerous refusals-offensive xstest-should-refuse xstest-should-respond "
-              "donotanswer",
-    "Reasoning": "math-prm hep-cpp hep-go hep-java hep-js hep-python hep-rust",
+    "Chat": ["alpacaeval-easy alpacaeval-length alpacaeval-hard mt-bench-easy mt-bench-med"],
+    "Chat Hard": ["mt-bench-hard llmbar-natural llmbar-adver-neighbor llmbar-adver-GPTInst "
+                  "llmbar-adver-GPTOut llmbar-adver-manual"],
+    "Safety": ["refusals-dangerous refusals-offensive xstest-should-refuse xstest-should-respond "
+               "donotanswer"],
+    "Reasoning": ["math-prm", "hep-cpp hep-go hep-java hep-js hep-python hep-rust"],
 }
 
 
 def load_reward(path):
-    """A chat model with a head for one number, new at random if the checkpoint has none."""
-    chat = load_chat(path, auto_class=AutoModelForSequenceClassification, num_labels=1)
-    pad_id = chat.model.config.pad_token_id
-    if pad_id is None or pad_id == chat.end_id:     # transformers reads a reward before the padding
-        pad_id = chat.pad_id
-    chat.model.config.pad_token_id = pad_id
-    return chat._replace(pad_id=pad_id)
+    """A chat model with a head for one number, new at random if the checkpoint has none, and
+    `pair_rewards` in the place of log-probs."""
+    options = {"auto_class": AutoModelForSequenceClassification, "num_labels": 1}
+    chat = load_weights(inspect_chat(path, **options), path, **options)
+    # transformers reads a reward off the last token that is not padding.
+    chat.model.config.get_text_config().pad_token_id = chat.pad_id
+    head = chat.model.score
+    head.forward = torch.autocast(device.type, enabled=False)(head.forward)     # the head in fp32
+    return chat._replace(pair_logps=pair_rewards)
 
 
 def pair_rewards(model, examples, pad_id):
-    """Rewards r(x, y) of responses, off their last token, and numbers of tokens: two (2, R, B)."""
-    hidden, rows = fast.read_rows(model, examples, pad_id)
-    with torch.autocast(hidden.device.type, enabled=False):         # the head in fp32
-        rewards = model.score(hidden.index_select(0, rows.ends).float())[:, 0]      # (2N,)
-    tokens = torch.tensor(rows.lengths, device=rewards.device)                      # (2N,)
-    return fast.by_pair(rewards, examples), fast.by_pair(tokens, examples)
+    """Rewards r(x, y) of the responses of B examples, (2, 1, B); and ones where `sso.pair_logps`
+    has numbers of tokens."""
+    rows = []                                           # winner and loser one after the other
+    for [(prompt, winner, loser)] in examples:
+        rows += [torch.tensor(prompt + winner), torch.tensor(prompt + loser)]
+    # Attention is causal, so no token sees the padding behind it.
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id).to(model.device)
+    rewards = model(input_ids=input_ids, use_cache=False).logits                        # (2B, 1)
+    rewards = rewards.view(1, -1, 2).permute(2, 0, 1)                                   # (2, 1, B)
+    return rewards, torch.ones_like(rewards)
 
 
-def reward_loss(rewards):
-    """Bradley-Terry, -log σ(r(x, winner) - r(x, loser)): losses (...) of rewards (2, ...)."""
-    return -F.logsigmoid(rewards[0] - rewards[1])
-
-
-def read_all(paths, chat, settings):
-    """The examples of several preference files, mixed, so that --examples takes some of each."""
-    examples = []
-    for path in paths:
-        more, skipped = read_examples(path, "policy", chat, settings["max_length"])
-        print(f"{path}: {len(more)} examples; skipped: {dict(skipped) or 'none'}")
-        examples += more
-    if len(paths) > 1:
-        random.Random(settings["seed"]).shuffle(examples)
-    return examples[:settings["examples"]]
-
-
-def train_reward(files, model, out: Path, recipe):
+def train(files, model, out, recipe):
     """Train a reward model on preference files."""
-    settings = cli.stage_settings(recipe, "reward")
+    settings = stage_settings(recipe, "reward")
     inputs = {f"data {number}": path for number, path in enumerate(files)}
-    for path in files:
-        read_jsonl(path)
-    output = Output(out, settings, {"model": model} | inputs, folder=True)
+    output = Output(out, settings, inputs | {"model": model})
     if output.is_complete():
         print(f"{out}: complete")
         return
-    torch.manual_seed(settings["seed"])             # of the new head
+    torch.manual_seed(settings["seed"])                 # of the new head
     chat = load_reward(model)
-    examples = read_all(files, chat, settings)
+    examples = []
+    for path in files:
+        more, skipped = read_examples(path, "policy", chat, settings["max_length"],
+                                      limit=settings["examples"])
+        print(f"{path}: {len(more)} examples; skipped: {dict(skipped)}")
+        examples += more
     output.write_note()
-    check_space(out, chat.model)
-    memory.plan(chat, examples, settings)
+    plan(chat, examples, settings)
     spare(chat.model, settings)
-    optimizer = make_optimizer(chat.model, settings["weight_decay"])
-    batches = make_batches(len(examples), settings["batch_size"], settings["epochs"],
-                           settings["seed"])
-    with Progress(out, chat.model, optimizer) as progress:
-        left = batches[progress.step:]
-        for batch in tqdm(left, initial=progress.step, total=len(batches), desc=str(out)):
-            optimizer.zero_grad()
-            row = memory.retry(accumulate_gradient, chat, [examples[i] for i in batch], settings)
-            row["step"] = progress.step
-            if progress.step == 0:
-                tqdm.write(f"{out}: loss {row['loss']:.4f} by a random head (about ln 2)")
-            progress.check(row)
-            row["lr"] = learning_rate(row["step"], len(batches), settings["lr"], settings["warmup"])
-            for group in optimizer.param_groups:
-                group["lr"] = row["lr"]
-            with uninterrupted():
-                optimizer.step()
-                progress.log(row)
-        save_model(chat, out)
 
+    def loss(group):
+        """Bradley-Terry, -log σ(r(x, winner) - r(x, loser)), of b examples, by their indices. This
+        is DPO's with rewards for log-probs, a reference of 0, and β = 1."""
+        rewards, tokens = pair_rewards(chat.model, [examples[i] for i in group], chat.pad_id)
+        losses, (chosen, rejected) = sso.dpo_loss(rewards, 0.0, tokens, beta=1.0)       # (1, b)
+        return losses[0], {"loss": losses.detach(), "chosen_rewards": chosen,
+                           "rejected_rewards": rejected}
 
-def accumulate_gradient(chat, batch, settings):
-    """Forward and backward of B examples; clips the gradient. Returns what the log says of them."""
-    rewards = []
-    for group in micro_batches(batch, settings["micro_batch_tokens"]):
-        with autocast():
-            part, _ = pair_rewards(chat.model, [batch[i] for i in group], chat.pad_id)  # (2, 1, b)
-        (reward_loss(part).sum() / len(batch)).backward()
-        rewards.append(part.detach())
-    rewards = torch.cat(rewards, 2)[:, 0]                                               # (2, B)
-    grad_norm = torch.nn.utils.clip_grad_norm_(chat.model.parameters(), settings["clip"])
-    margin = rewards[0] - rewards[1]
-    return {"loss": reward_loss(rewards).mean().item(), "margin": margin.mean().item(),
-            "accuracy": (margin > 0).float().mean().item(), "grad_norm": grad_norm.item()}
+    fit(chat, examples, loss, Path(out), settings)
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
-def measure_reward(model, path, recipe):
-    """How often a reward model puts chosen above rejected, a tie a half: {"all": ...}; of a file
-    with subsets also each, their mean, and RewardBench's sections with their mean, its
-    "average"."""
-    settings = cli.stage_settings(recipe, "reward")
+def accuracies(model, path, recipe):
+    """How often a reward model puts chosen above rejected; a tie counts as half: {"all": ...}. If a
+    file has subsets, also of each; of RewardBench also its sections."""
+    settings = stage_settings(recipe, "reward")
     chat = load_reward(model)
     if "SequenceClassification" not in str(chat.model.config.architectures):
         raise UserError(f"model {model}: it has no reward head; `python -m lab.reward train` "
-                              "trains one")
-    examples, subsets = [], []
-    for number, record in enumerate(read_jsonl(path), 1):
-        useful, reason = encode_record(record, "policy", chat, settings["max_length"],
-                                             f"{path}, line {number}")
-        if useful:
-            examples.append(useful)
-            subsets.append(record.get("subset"))
-    if not examples:
-        raise UserError(f"{path}: no pair is left")
-    rewards, _ = score(chat, examples, settings["micro_batch_tokens"], pair_rewards)
-    chosen, rejected = rewards[:, 0]
-    right = ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).tolist()
+                        "trains one")
+    read_examples(path, "policy", chat, settings["max_length"])     # for its errors
     by_subset = {}
-    for subset, value in zip(subsets, right):
-        by_subset.setdefault(subset, []).append(value)
-    by_subset.pop(None, None)
-    rows = {name: {"pairs": len(values), "accuracy": stat(values)}
-            for name, values in by_subset.items()}
-    if rows:
-        means = [row["accuracy"]["mean"] for row in rows.values()]
-        rows["mean over subsets"] = {"accuracy": sum(means) / len(means)}
-    rows |= section_rows(by_subset)
-    return rows | {"all": {"pairs": len(right), "accuracy": stat(right)}}
+    for record in read_jsonl(path):
+        example, _ = encode_record(record, "policy", chat, settings["max_length"])
+        if example:
+            by_subset.setdefault(record.get("subset"), []).append(example)
+    marks = {}
+    for subset, examples in by_subset.items():
+        (chosen, rejected), _ = score(chat, examples, settings["micro_batch_tokens"])   # (1, N)
+        marks[subset] = (0.5 + 0.5 * (chosen - rejected)[0].sign()).tolist()
+    everything = sum(marks.values(), [])
+    marks.pop(None, None)
+    marks["all"] = everything
+    rows = {name: {"pairs": len(group), "accuracy": stat(group)} for name, group in marks.items()}
+    return rows | section_rows(marks)
 
 
-def section_rows(by_subset):
-    """Accuracy of RewardBench's sections, {subset: list of 0, 0.5, 1}, each a mean over its
-    prompts; but math counts as much as all code, as there. None unless every section has
+def section_rows(marks):
+    """RewardBench's sections, of {subset: marks}, and its average. None unless every section has
     prompts."""
     rows = {}
-    for section, names in SECTIONS.items():
-        groups = [by_subset[name] for name in names.split() if name in by_subset]
+    for section, lines in SECTIONS.items():
+        groups = []             # marks of each line
+        for line in lines:
+            group = sum([marks.get(name, []) for name in line.split()], [])
+            if group:
+                groups.append(group)
         if not groups:
             return {}
-        if section == "Reasoning" and "math-prm" in by_subset and len(groups) > 1:
-            math, code = groups[0], sum(groups[1:], [])
-            mean = (sum(math) / len(math) + sum(code) / len(code)) / 2
-        else:
-            prompts = sum(groups, [])
-            mean = sum(prompts) / len(prompts)
-        rows[f"section {section}"] = {"pairs": sum(map(len, groups)), "accuracy": mean}
-    average = sum(row["accuracy"] for row in rows.values()) / len(rows)
-    return rows | {"average (of four sections)": {"accuracy": average}}
+        rows[section] = {"accuracy": fmean(map(fmean, groups))}
+    rows["average of sections"] = {"accuracy": fmean(row["accuracy"] for row in rows.values())}
+    return rows
 
 
-def print_rewards(files, model, recipe):
+def eval(files, model, recipe):
     """Measure a reward model on preference files."""
     for path in files:
         print(f"\n{path}:\n")
-        print_table(measure_reward(model, path, recipe), ["pairs", "accuracy"])
+        print_table(accuracies(model, path, recipe), ["pairs", "accuracy"])
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("train", train_reward, ["reward"]), ("eval", print_rewards, ["reward"]))
+    command.run(__doc__, train, eval)

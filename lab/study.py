@@ -11,12 +11,10 @@ is not made again: the same command continues. Seeds run in parallel, in process
 each.
 """
 
-import contextlib
-import math
 import multiprocessing
-import os
-import re
 import statistics
+from collections import ChainMap
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
@@ -32,7 +30,7 @@ from lab import version1        # noqa: it adds the objective "v1" and the base 
 from plumbing import command
 from plumbing.outputs import write_queries
 from plumbing.recipes import change, load_toml, read_recipe
-from plumbing.records import UserError, as_lines, read_json, read_jsonl, write_text
+from plumbing.records import as_lines, read_json, read_jsonl, write_text
 from plumbing.tables import print_table, stat
 from toy import world
 
@@ -42,19 +40,20 @@ TOY = read_recipe(world.RECIPE)
 
 # ---- What the rows of a seed share ---------------------------------------------------------------
 
-def graded_pairs(base, queries, out, samples, recipe):
+def graded_pairs(base, queries, samples, folder, recipe):
     """A preference file labelled by the grader: the best of several plain answers over the worst,
     where they differ."""
     records = read_jsonl(queries)
-    asked, answered = out.with_suffix(".asked.jsonl"), out.with_suffix(".answered.jsonl")
+    asked = folder / "asked.jsonl"
     write_text(asked, as_lines(records * samples))
-    generate.responses(base, asked, answered, recipe, ("original",))
-    answers, pairs = read_jsonl(answered), []
+    generate.responses(base, asked, folder / "answers.jsonl", recipe, ("original",))
+    answers = read_jsonl(folder / "answers.jsonl")
 
     def mark(record):
-        text, finished = sso.record_response(record, "original")
-        return world.grade(record["prompt"][0]["content"], text, finished)
+        query = record["prompt"][0]["content"]
+        return world.grade(query, *sso.record_response(record, "original"))
 
+    pairs = []
     for number in range(len(records)):
         worst, *_, best = sorted(answers[number::len(records)], key=mark)       # to one query
         if mark(best) > mark(worst):
@@ -62,33 +61,32 @@ def graded_pairs(base, queries, out, samples, recipe):
                           "chosen": best["original"], "rejected": worst["original"],
                           "chosen_finished": best["original_finished"],
                           "rejected_finished": worst["original_finished"]})
-    write_text(out, as_lines(pairs))
+    write_text(folder / "responses.jsonl", as_lines(pairs))
 
 
-def prepare(folder, seed, base):
+def prepare(folder, base, recipe):
     """Base model, queries, and for every source the base's responses by its principles. Graded
     pairs are a source, too."""
-    recipe, queries = change(TOY, run={"seed": seed}), folder / "queries.jsonl"
+    seed = recipe["run"]["seed"]
+    queries = folder / "queries.jsonl"
+    heldout = folder / "heldout.jsonl"
     write_queries(folder, [folder], *world.make_records(seed), {"seed": seed}, {})
     if not base:
         base = folder / "model"
         world.base(base, seed)
     for name, by_hand in STUDY["sources"].items():
-        writer, source = base, folder / name
+        source = folder / name
+        writer = base
+        if by_hand:
+            writer = source / "written.jsonl"
+            world.principles(queries, by_hand, writer, seed)
         if name == "weak":
             writer = source / "model"
             world.base(writer, seed, world.STEPS // 5)
-        if by_hand:
-            world.principles(queries, by_hand, source / "principles.jsonl", seed)
-        else:
-            generate.principles(writer, queries, source / "principles.jsonl", recipe)
-        generate.responses(base, source / "principles.jsonl", source / "responses.jsonl", recipe)
-    heldout, answers = folder / "heldout.jsonl", folder / "answers.jsonl"
-    graded_pairs(base, queries, folder / "graded" / "responses.jsonl", 4, recipe)
-    graded_pairs(base, heldout, folder / "graded" / "heldout.jsonl", 2, recipe)
-    start = arms.Start(base, folder / "base" / "responses.jsonl", heldout, answers, world.__file__)
-    arms.measure_answers("base", base, start, folder, recipe, {})
-    return start
+        arms.begin(writer, queries, base, source, recipe)
+    graded_pairs(base, queries, 4, folder / "graded", recipe)
+    graded_pairs(base, heldout, 2, folder / "graded-heldout", recipe)
+    return arms.Start(base, heldout, folder / "answers.jsonl", world.__file__)
 
 
 # ---- A row of the tables -------------------------------------------------------------------------
@@ -97,92 +95,67 @@ def prepare(folder, seed, base):
 # `python run.py`; "arm rounds"; or "reward data", a reward model. A cell of the grid is two
 # indices: of the generator's settings, and of the policy's or the reward model's.
 
-def run_row(row, cell, start, folder, seed, rounds):
+def run_row(row, cell, start, folder, recipe, rounds):
     """Make a row, in the folder of a seed. Returns its report: {row: measures}."""
     first, second = cell
+    grid = STUDY["grid"]
     shared = folder / "arms" / row / str(first)
-    out, grid = shared / str(second), STUDY["grid"]
-    if row.startswith("reward "):
-        recipe = change(TOY, run={"seed": seed}, reward=grid["reward"][second])
-        return run_reward(row, start, folder, out, recipe)
-    arm, _, source = re.sub(" .*", "", row).partition("@")
+    out = shared / str(second)
+    if row in STUDY["rewards"]:
+        recipe = change(recipe, reward=grid["reward"][second])
+        reward.train([folder / data for data in STUDY["rewards"][row]], start.policy, out, recipe)
+        heldout = folder / "graded-heldout" / "responses.jsonl"
+        return {row: reward.accuracies(out, heldout, recipe)["all"]}
+    arm, _, source = row.split()[0].partition("@")
     loss = dict(STUDY["arms"][arm])
     objective = loss.pop("objective")
     source = loss.pop("source", source or "base")
+    most = loss.pop("rounds", rounds)
     start = start._replace(responses=folder / source / "responses.jsonl")
-    recipe = change(TOY, run={"seed": seed}, generator=loss | grid["generator"][first],
+    recipe = change(recipe, generator=loss | grid["generator"][first],
                     policy=loss | grid["policy"][second])
     if row.endswith(" rounds"):
-        rounds = min(rounds, STUDY["most_rounds"].get(arm, rounds))
-        return run_rounds(arm, objective, start, out, recipe, rounds)
+        return run_rounds(arm, objective, start, out, recipe, min(rounds, most))
     return arms.run_arm(row, objective, start, out, recipe, shared)
 
 
 def run_rounds(arm, objective, start, out, recipe, rounds):
     """An arm over several rounds. Each has fresh queries, and starts from the policy before."""
-    seed, base, report = recipe["run"]["seed"], start.policy, {}
+    seed = recipe["run"]["seed"]
     folders = [out / str(number) for number in range(1, rounds + 1)]
     write_queries(out, folders, *world.make_records(seed, rounds), {"seed": seed}, {})
-    for number, folder in enumerate(folders, 1):
-        principles, responses = folder / "principles.jsonl", folder / "responses.jsonl"
-        generate.principles(base, folder / "queries.jsonl", principles, recipe)
-        generate.responses(start.policy, principles, responses, recipe)
-        start = start._replace(responses=responses)
-        report |= arms.run_arm(f"{arm} {number}", objective, start, folder, recipe)
+    base = start.policy         # it writes the principles of all rounds
+    report = {}
+    for folder in folders:
+        queries = folder / "queries.jsonl"
+        start = start._replace(responses=arms.begin(base, queries, start.policy, folder, recipe))
+        report |= arms.run_arm(f"{arm} {folder.name}", objective, start, folder, recipe)
         start = start._replace(policy=folder / "policy")
     return report
 
 
-def run_reward(row, start, folder, out, recipe):
-    """A reward model (Table 2) on one or two training sets, and its accuracy on plain answers to
-    held-out queries, labelled by the grader."""
-    best = str(STUDY["best"]["sso"][0])
-    sources = {"pbaa": start.responses, "graded": folder / "graded" / "responses.jsonl",
-               "sso": folder / "arms" / "sso" / best / "pairs-sso.jsonl"}
-    data = [sources[name] for name in row.split()[1].split("+")]
-    reward.train(data, start.policy, out, recipe)
-    return {row: reward.accuracies(out, folder / "graded" / "heldout.jsonl", recipe)["all"]}
+# ---- Seeds ---------------------------------------------------------------------------------------
 
-
-# ---- A seed --------------------------------------------------------------------------------------
-
-def study_seed(folder, seed, base, rounds):
-    """The means of everything that the tables need of a seed."""
-    start = prepare(folder, seed, base)
-    report = read_json(folder / "report.json")
-    for row, cell in (STUDY["best"] | STUDY["default"]).items():
-        report |= run_row(row, cell, start, folder, seed, rounds)
-    return means_of(report)
-
-
-def search_seed(folder, seed, base):
-    """{(row, cell): mean quality, of reward models accuracy} of all cells. Arms over rounds keep
-    their best generator."""
-    start, grid, scores = prepare(folder, seed, base), STUDY["grid"], {}
-    for row, best in STUDY["best"].items():
-        firsts, arm = best[:1], STUDY["arms"].get(row.split("@")[0])
-        if arm and arms.generators(arm["objective"]):
-            firsts = range(len(grid["generator"]))
-        for cell in product(firsts, range(len(grid["policy"]))):
-            report = run_row(row, cell, start, folder, seed, STUDY["search_rounds"])
-            found = [cells.get("quality", cells.get("accuracy")) for cells in report.values()]
-            scores[row, cell] = statistics.fmean(mark["mean"] for mark in found)
-    return scores
-
-
-def work(of_seed, root, seed):
-    """Run a seed in a process of its own. What it prints goes to its log.txt."""
+def run_seed(root, base, cells, rounds, seed):
+    """Make rows of the tables, each in a cell of the grid, on one seed, in a process of its own.
+    What it prints goes to its log.txt. Returns the means of the base model, and those of each
+    row."""
     torch.set_num_threads(1)
     folder = root / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("a") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            return of_seed(folder, seed)
+    recipe = change(TOY, run={"seed": seed})
+    with (folder / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        start = prepare(folder, base, recipe)
+        reports = [arms.measure("base", start.policy, start, folder, recipe)]
+        for row, cell in cells:
+            reports.append(run_row(row, cell, start, folder, recipe, rounds))
+    return list(map(means_of, reports))
 
 
-def run_seeds(of_seed, root, seeds, processes):
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        done = pool.imap(partial(work, of_seed, root), seeds)
+def run_seeds(seeds, out, base, cells, rounds):
+    """What `run_seed` returns, of every seed."""
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        done = pool.imap(partial(run_seed, out, base, cells, rounds), seeds)
         return list(tqdm(done, total=len(seeds), desc="study", unit="seed"))
 
 
@@ -197,26 +170,23 @@ def means_of(report):
     return rows
 
 
-def means(runs, row, column):
+def cells_of(runs, row, column):
     """The means of a cell, one a run; none unless every run has it."""
     values = [run.get(row, {}).get(column) for run in runs]
     return [] if None in values else values
 
 
-def over_runs(runs, row, columns):
-    """Mean and standard deviation over runs of a row, {column: cell}."""
-    cells = {}
-    for column in columns:
-        values = means(runs, row, column)
-        if values:
-            found = stat(values)
-            cells[column] = {"mean": found["mean"], "sd": found["se"] * math.sqrt(len(values))}
-    return cells
+def over_runs(runs, row, column):
+    """Mean and standard deviation over runs; None if a run lacks the cell."""
+    values = cells_of(runs, row, column)
+    if values:
+        sd = stat(values)["se"] * len(values) ** 0.5
+        return {"mean": statistics.fmean(values), "sd": sd}
 
 
 def paired(runs, a, b, column):
     """Row a minus row b: mean over runs and its standard error; None if a run lacks one."""
-    differences = [x - y for x, y in zip(means(runs, a, column), means(runs, b, column))]
+    differences = [x - y for x, y in zip(cells_of(runs, a, column), cells_of(runs, b, column))]
     if differences:
         return stat(differences)
 
@@ -225,10 +195,21 @@ def table_rows(runs, table):
     """{label: cells} of a table, with the paired difference in its first column."""
     rows = {}
     for label, row, other, paper in table["rows"]:
-        rows[label] = over_runs(runs, row, table["columns"]) | {"paper": paper}
+        cells = {column: over_runs(runs, row, column) for column in table["columns"]}
         if row != other:
-            rows[label]["paired"] = paired(runs, row, other, table["columns"][0])
+            cells["paired"] = paired(runs, row, other, table["columns"][0])
+        rows[label] = cells | {"paper": paper}
     return rows
+
+
+def print_curve(runs, curve, column, rounds):
+    """Print a column over rounds. Round 0 is the base model."""
+    rows = {}
+    for label, arm in curve["arms"].items():
+        names = {"0": "base"} | {str(number): f"{arm} {number}" for number in range(1, rounds + 1)}
+        rows[label] = {number: over_runs(runs, row, column) for number, row in names.items()}
+    print(f"\n{curve['title']}: {column}\n")
+    print_table(rows, list(names))
 
 
 def print_tables(runs, rounds):
@@ -238,29 +219,20 @@ def print_tables(runs, rounds):
         print(f"\n{table['title']} (paper: {table['figure']})\n")
         columns = [table["columns"][0], "paired", *table["columns"][1:], "paper"]
         print_table(table_rows(runs, table), columns)
-    numbers = range(rounds + 1)
-    for curve, column in product(STUDY["curves"], STUDY["curve_columns"]):
-        rows = {}
-        for label, arm in curve["arms"].items():
-            names = ["base"] + [f"{arm} {number}" for number in numbers[1:]]
-            cells = [over_runs(runs, name, [column]).get(column) for name in names]
-            rows[label] = {number: cell for number, cell in zip(numbers, cells) if cell}
-        if rounds:
-            print(f"\n{curve['title']}: {column}\n")
-            print_table(rows, list(rows[label]))
+    if rounds:
+        for curve, column in product(STUDY["curves"], STUDY["curve_columns"]):
+            print_curve(runs, curve, column, min(rounds, curve["rounds"]))
 
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-def run(seeds: int = 5, rounds: int = 0, base=None, out: Path = Path("runs/study"),
-        processes: int = os.cpu_count()):
-    """Run the study and print its tables."""
-    if seeds >= max(STUDY["search_seeds"]):
-        raise UserError(f"--seeds is below {max(STUDY['search_seeds'])}: settings come from it")
-    of_seed = partial(study_seed, base=base, rounds=rounds)
-    runs = run_seeds(of_seed, out, range(1, seeds + 1), processes)
+def run(seeds: int = 5, rounds: int = 0, base=None, out: Path = Path("runs/study")):
+    """Run the study and print its tables. The seeds of the search are left out."""
+    numbers = [seed for seed in range(seeds + 9) if seed not in STUDY["search_seeds"]][:seeds]
+    cells = list((STUDY["best"] | STUDY["default"]).items())
+    runs = [dict(ChainMap(*reports)) for reports in run_seeds(numbers, out, base, cells, rounds)]
     results.write(out / "study.json", rounds=rounds, runs=runs)
-    print_tables(runs, rounds)
+    tables(out / "study.json")
 
 
 def tables(results_file="results/study.json"):
@@ -269,14 +241,27 @@ def tables(results_file="results/study.json"):
     print_tables(found["runs"], found["rounds"])
 
 
-def search(base=None, out: Path = Path("runs/study"), processes: int = os.cpu_count()):
-    """Run the search and print the best cell of every row, over its seeds."""
-    of_seeds = run_seeds(partial(search_seed, base=base), out, STUDY["search_seeds"], processes)
+def search(base=None, out: Path = Path("runs/study")):
+    """Run every row in all cells of the grid, and print its best one over the seeds: by mean
+    quality, of reward models accuracy. Arms over rounds keep their best generator."""
+    generators, policies = (range(len(STUDY["grid"][stage])) for stage in ("generator", "policy"))
+    cells = []
+    for row, best in STUDY["best"].items():
+        firsts = best[:1]
+        arm = STUDY["arms"].get(row.split("@")[0])
+        if arm and arms.generators(arm["objective"]):
+            firsts = generators
+        cells += product([row], product(firsts, policies))
+    of_seeds = run_seeds(STUDY["search_seeds"], out, base, cells, STUDY["search_rounds"])
     rows = {}
-    for row, cell in of_seeds[0]:
-        score = statistics.fmean(scores[row, cell] for scores in of_seeds)
-        if row not in rows or score > rows[row]["mean"]:
-            rows[row] = {"best cell": cell, "mean": score}
+    for number, (row, cell) in enumerate(cells, 1):         # 0 is the base model
+        marks = []
+        for reports in of_seeds:
+            for means in reports[number].values():
+                marks.append(means.get("quality", means.get("accuracy")))
+        mean = statistics.fmean(marks)
+        if row not in rows or mean > rows[row]["mean"]:
+            rows[row] = {"best cell": cell, "mean": mean}
     print_table(rows, ["best cell", "mean"])
 
 
@@ -285,7 +270,8 @@ def report(folders):
     runs = [means_of(read_json(Path(folder, "report.json"))) for folder in folders]
     columns = evaluation.POLICIES_TABLE + evaluation.PAIRS_TABLE[1:]
     print(f"mean ± standard deviation over {len(runs)} runs:\n")
-    print_table({name: over_runs(runs, name, columns) for name in runs[0]}, columns)
+    table = {"columns": columns, "rows": [(row, row, row, "") for row in runs[0]]}
+    print_table(table_rows(runs, table), columns)
     print("\npaired difference ± standard error over runs:\n")
     rows = {}
     for b, a in combinations(runs[0], 2):

@@ -8,7 +8,7 @@ on-policy already. So make them: write bad principles that ask for what the toy 
 2. Write `bad_principle`. The model knows 149 words, and follows principles like those of
    runs/toy/principles.jsonl: look which of its bad ones is closest to what you need.
 3. Predict, in PREDICTION: is SSO's lead over PBAA in quality "kept" or "lost"? The table of the
-   control world "on-policy" in RESULTS.md has the answer: write it into SEEN.
+   control world "on-policy" in docs/RESULTS.md has the answer: write it into SEEN.
 
 Hand in: this file; and that table, explained in three sentences.
 

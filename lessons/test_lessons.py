@@ -13,8 +13,9 @@ import eval as evaluation
 import generate
 import sso
 import train
-from lab import toy
-from plumbing import cli, files
+from plumbing.recipes import change, read_recipe
+from plumbing.records import as_lines, read_jsonl, write_text
+from toy import world
 
 TOY_RUN = Path("runs/toy")
 
@@ -144,10 +145,10 @@ def word(now, before):
 
 
 def test_05_where_the_rejected_responses_go(exercise, toy_run):
-    recipe, out = cli.read_recipe(toy.RECIPE), Path("runs/lessons")
-    base, responses = toy_run / "base", toy_run / "responses.jsonl"
+    recipe, out = read_recipe(world.RECIPE), Path("runs/lessons")
+    base, responses = world.BASE, toy_run / "responses.jsonl"
     assert set(exercise.PREDICTION.values()) <= {"higher", "lower", "as it was"}, "predict first"
-    eq3 = cli.change(recipe, generator={"objective": "eq3"})
+    eq3 = change(recipe, generator={"objective": "eq3"})
     train.train("generator", base, responses, out / "eq3", eq3)
     generate.responses(out / "eq3", responses, out / "eq3.jsonl", recipe, ("good", "bad"))
     before = exercise.p_rejected(responses, base, recipe)
@@ -163,16 +164,16 @@ def test_05_where_the_rejected_responses_go(exercise, toy_run):
 # ---- 6 -------------------------------------------------------------------------------------------
 
 def test_06_bad_principles_that_ask_for_what_the_model_does_unasked(exercise, toy_run):
-    recipe, out = cli.read_recipe(toy.RECIPE), Path("runs/lessons")
-    records = files.read_jsonl(toy_run / "responses.jsonl")[:256]
+    recipe, out = read_recipe(world.RECIPE), Path("runs/lessons")
+    records = read_jsonl(toy_run / "responses.jsonl")[:256]
     for record in records:
         record["bad_principle"] = exercise.bad_principle(record["prompt"][0]["content"])
     for file in out.glob("control*"):
         file.unlink()
-    files.write_text(out / "control_principles.jsonl", files.as_lines(records))
-    generate.responses(toy_run / "base", out / "control_principles.jsonl", out / "control.jsonl", recipe, ("bad",))
-    critic, _ = evaluation.load_critic(grader=toy.__file__)
-    measures = evaluation.measure_pairs(out / "control.jsonl", toy_run / "base", critic, recipe)
+    write_text(out / "control_principles.jsonl", as_lines(records))
+    generate.responses(world.BASE, out / "control_principles.jsonl", out / "control.jsonl", recipe, ("bad",))
+    critic, _ = evaluation.load_critic(grader=world.__file__)
+    measures = evaluation.measure_pairs(out / "control.jsonl", world.BASE, critic, recipe)
     rejected, original = measures["p(rejected)"]["mean"], measures["p(original)"]["mean"]
     print(f"p(rejected) {rejected:.3f}, p(original) {original:.3f}, accuracy {measures['accuracy']['mean']:.3f}")
     assert measures["accuracy"]["mean"] > 0.75, "the pairs have to stay accurate"

@@ -31,7 +31,8 @@ def encode_record(record, objective, chat, max_length, prompts=sso.PROMPTS):
         for column in (sso.COLUMNS[roles.winner], sso.COLUMNS[roles.loser]):
             if column not in record:
                 raise ValueError(f"a record without {column!r}, needed for objective {objective!r}")
-            if record[column][:-1] not in ([], record["prompt"]):
+            turns = [turn for turn in record["prompt"] if turn["role"] != "system"]
+            if record[column][:-1] not in ([], turns, record["prompt"]):
                 raise ValueError(f"the messages before the last one of {column!r} are not the "
                                  "prompt")
     pairs = []
@@ -50,12 +51,24 @@ def encode_record(record, objective, chat, max_length, prompts=sso.PROMPTS):
     return example, None
 
 
+def warn_of_templates(path, records, tokenizer):
+    """Say how many prompts hold control tokens of the model, which are read as plain text."""
+    held = [record for record in records
+            if tokenizer.inside.search(record["prompt"][-1]["content"])]
+    if held:
+        print(f"warning: {path}: {len(held)} prompts hold control tokens of the model, such as in "
+              f"{held[0]['prompt'][-1]['content'][:40]!r}. They are read as plain text: give the "
+              "prompts without their template")
+
+
 def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=None):
     """The first `limit` records of a preference file as examples, and a count of those that are
     skipped, by reason."""
     examples = []
     skipped = Counter()
-    for number, record in enumerate(read_jsonl(path)[:limit], 1):
+    records = read_jsonl(path)[:limit]
+    warn_of_templates(path, records, chat.tokenizer)
+    for number, record in enumerate(records, 1):
         try:
             example, reason = encode_record(record, objective, chat, max_length, prompts)
         except ValueError as error:

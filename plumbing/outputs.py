@@ -6,6 +6,7 @@ OUT.args.json notes its settings and its inputs: a command with others refuses t
 
 import hashlib
 import json
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from plumbing.records import UserError, as_lines, read_json, write_text
 NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile", "logps")  # but for rounding
 MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.jinja", "*.model", "vocab*",
                "merges*", "special_tokens*", "generation_config.json")
+ENOUGH = 16     # failures: with so many a command ends
 HASHES = {}     # of files, by place, size and time: a large one is read once
 
 
@@ -106,20 +108,36 @@ def read_partial(path):
     return done
 
 
-def grow(out, records, make, batch_size):
+def grow(out, records, make, batch_size, workers=1):
     """Make a record from each of `records` by `make(indices) -> (new records, tokens)`, a batch at
-    a time. Writes them to OUT in the order of `records`, and returns them. Continues OUT.partial,
-    where a batch is a line."""
+    a time; with several workers, which wait for a server, so many batches at once. Writes them to
+    OUT in the order of `records`, and returns them. Continues OUT.partial, where a batch is a line,
+    kept as soon as it is made. UserError at the end if some batches failed: the others are kept."""
     partial = Path(f"{out}.partial")
     done = read_partial(partial)
-    tokens = 0
     # Longest first: little is padded, and memory runs out at once or never.
     left = sorted(set(range(len(records))) - done.keys(), key=lambda i: (-len(str(records[i])), i))
+    batches = [left[start:start + batch_size] for start in range(0, len(left), batch_size)]
     bar = tqdm(total=len(records), initial=len(done), desc=Path(out).name, unit="query")
-    with partial.open("a", encoding="utf-8") as file, bar:
-        for start in range(0, len(left), batch_size):
-            batch = left[start:start + batch_size]
-            made, new_tokens = make(batch)
+    tokens = 0
+    failures = []
+
+    def attempt(batch):
+        try:
+            return batch, *make(batch)
+        except UserError as error:
+            return batch, error, 0
+
+    with partial.open("a", encoding="utf-8") as file, bar, ThreadPool(workers) as pool:
+        results = map(attempt, batches)
+        if workers > 1:
+            results = pool.imap_unordered(attempt, batches)
+        for batch, made, new_tokens in results:
+            if isinstance(made, UserError):
+                failures.append(made)
+                if len(failures) == ENOUGH:
+                    break
+                continue
             made = dict(zip(batch, made))
             done |= made
             file.write(as_lines([made]))
@@ -128,6 +146,9 @@ def grow(out, records, make, batch_size):
             speed = tokens / max(1e-9, bar.format_dict["elapsed"])
             bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
             bar.update(len(batch))
+    if failures:
+        raise UserError(f"{len(records) - len(done)} of {len(records)} records are not made yet; the "
+                        f"first failure: {failures[0]}; the same command asks for these alone")
     in_order = [done[i] for i in range(len(records))]
     write_text(out, as_lines(in_order))
     partial.unlink()

@@ -1,10 +1,15 @@
-"""Step 1 in two stages, without a parser: the model goes on with an answer that is begun for it,
-first with the bad principle, then with the good one. The form is `sso.PROMPTS["principles"]`."""
+"""Step 1, by a model or by a server. The form of an answer is `sso.PROMPTS["principles"]`.
+
+A model here, which may be small, writes in two stages, without a parser: it goes on with an answer
+that is begun for it, first with the bad principle, then with the good one. A server cannot be
+relied on to go on with a begun answer: it writes both, and their labels are looked for.
+"""
 
 import re
 
 import sso
 from plumbing.records import UserError
+from plumbing.sampling import sample
 
 LENGTH = 8      # words in a row that repeat a worked example
 
@@ -35,6 +40,40 @@ def cut(text, prompts=sso.PROMPTS):
     return " ".join(text.strip().split(prompts["principles"]["end"])[0].split())
 
 
+def in_two_stages(chat, messages, seeds, settings, prompts):
+    """(pairs (bad, good) of principles, tokens) by a model that goes on with a begun answer."""
+    end = prompts["principles"]["end"]
+    begun = [begun_answer(prompts=prompts)] * len(messages)
+    first = sample(chat, messages, [f"{seed} bad" for seed in seeds], settings, begun, end)
+    bad = [cut(answer.text, prompts) for answer in first.responses]
+    begun = [begun_answer(principle, prompts) for principle in bad]
+    second = sample(chat, messages, [f"{seed} good" for seed in seeds], settings, begun, end)
+    good = [cut(answer.text, prompts) for answer in second.responses]
+    return list(zip(bad, good)), first.tokens + second.tokens
+
+
+def in_one_answer(server, messages, seeds, settings, prompts):
+    """The same by a server, with room for both in one answer."""
+    settings = settings | {"max_new_tokens": 2 * settings["max_new_tokens"]}
+    answers = sample(server, messages, seeds, settings)
+    return [labelled(answer.text, prompts) for answer in answers.responses], answers.tokens
+
+
+def labelled(text, prompts=sso.PROMPTS):
+    """The (bad, good) principles of an answer behind their labels, which may stand in bold, as
+    headings, or behind a preamble; (None, None) without both labels."""
+    form = prompts["principles"]["answer"]
+    found = []
+    for part in re.split("{bad}|{good}", form)[:2]:
+        label = re.escape(part.strip(" :#\n"))
+        found.append(re.search(rf"\b{label}[*_\s]*(:|$)[*_\s]*", text, re.IGNORECASE | re.MULTILINE))
+    if not all(found) or found[0].end() > found[1].start():
+        return None, None
+    bad = text[found[0].end():found[1].start()]
+    good = text[found[1].end():]
+    return tuple(cut(part.strip(" *_#>-\n"), prompts).rstrip(" *_#") for part in (bad, good))
+
+
 def runs_of_words(text):
     words = re.findall(r"\w+", text.lower())
     starts = range(max(1, len(words) - LENGTH + 1))
@@ -43,6 +82,8 @@ def runs_of_words(text):
 
 def fault(bad, good, prompts=sso.PROMPTS):
     """Why a pair of principles is of no use, or None. Small models repeat the worked examples."""
+    if bad is None:
+        return "no label"
     if not bad or not good:
         return "empty"
     if bad.lower() == good.lower():

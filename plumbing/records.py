@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 
 import sso
+from plumbing.formats import unify
 
-
-ROLES = ("system", "user", "assistant")
+RESPONSES = tuple(sso.COLUMNS.values())
 
 
 class UserError(ValueError):
@@ -18,9 +18,9 @@ class UserError(ValueError):
 
 # ---- Reading -------------------------------------------------------------------------------------
 
-def read_jsonl(path, needs=("prompt",)):
-    """The records of a JSONL file. Each has the texts `needs`. Its prompt and its responses become
-    lists of messages; they may be strings there. UserError names the file and the line."""
+def read_jsonl(path, needs=("prompt",), uses=RESPONSES):
+    """The records of a JSONL file. Each has the texts `needs`. Its prompt, and the responses that it
+    `uses`, become lists of messages. UserError names the file and the line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     # Bytes and not splitlines(), which also splits at separators that a text may hold.
@@ -30,13 +30,13 @@ def read_jsonl(path, needs=("prompt",)):
     records = []
     for number, line in enumerate(content.split(b"\n"), 1):
         try:
-            records.append(parse_record(line, needs))
+            records.append(parse_record(line, needs, uses))
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
     return records
 
 
-def parse_record(line, needs):
+def parse_record(line, needs, uses):
     """The record in a line. ValueError says why it is none."""
     try:
         record = json.loads(line)
@@ -45,65 +45,27 @@ def parse_record(line, needs):
         raise ValueError(f"not a JSON object ({error}); one a line is expected") from None
     if not isinstance(record, dict):
         raise ValueError("not a JSON object; one a line is expected")
-    if "prompt" not in record:
-        find_prompt(record)
-    for column in ("prompt", *sso.COLUMNS.values()):
-        if column in record:
-            record[column] = as_messages(column, record[column])
+    unify(record, uses)
+    for column in uses:
         finished = record.get(f"{column}_finished", True)
         if not isinstance(finished, bool):
             raise ValueError(f"'{column}_finished' is {finished!r}: it is true or false")
     for key in needs:
         value = record.get(key)
-        has_messages = isinstance(value, list) and key in ("prompt", *sso.COLUMNS.values())
+        has_messages = isinstance(value, list) and key in ("prompt", *uses)
         has_text = isinstance(value, str) and value.strip()
-        if not value or not (has_messages or has_text):
+        if not has_messages and not has_text:
             raise ValueError(f"a record without a {key!r}")
     return record
-
-
-def find_prompt(record):
-    """Give a record a prompt from where other tools keep it, if it is there."""
-    for name in ("instruction", "query"):                       # alpaca_eval's name; the paper's
-        if name in record:
-            if record.get("input"):                             # Alpaca's second half of a prompt
-                raise ValueError(f"an 'input' beside {name!r}: join them into a 'prompt'")
-            record["prompt"] = record[name]
-            return
-    if isinstance(record.get("chosen"), list):
-        record["prompt"] = record["chosen"][:-1]                # TRL's "implicit prompt"
-
-
-def as_messages(column, value):
-    """A prompt or a response as a list of chat messages; a text becomes one message."""
-    if isinstance(value, str):
-        if column != "prompt":
-            return [{"role": "assistant", "content": value}]
-        value = [{"role": "user", "content": value}]
-    if not value or not isinstance(value, list):
-        raise ValueError(f"{column!r} is neither a text nor a list of messages")
-    for message in value:
-        texts = isinstance(message, dict) and [message.get("role"), message.get("content")]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{column!r} is neither a text nor a list of messages")
-        if message["role"] not in ROLES:
-            raise ValueError(f"{column!r} has a message of role {message['role']!r}; known are "
-                             f"{', '.join(ROLES)}")
-    last = value[-1]
-    if column == "prompt" and not last["content"].strip():
-        raise ValueError("the last message of 'prompt' is empty")
-    if column != "prompt" and last["role"] != "assistant":
-        raise ValueError(f"the last message of {column!r} is of the {last['role']}; a response is "
-                         "the assistant's")
-    return value
 
 
 def read_queries(path):
     """The records of a file of queries, without duplicates: each prompt is one user message."""
     records = {}
-    for number, record in enumerate(read_jsonl(path), 1):
+    for number, record in enumerate(read_jsonl(path, uses=()), 1):
         if [message["role"] for message in record["prompt"]] != ["user"]:
-            raise UserError(f"{path}, line {number}: a query is one user message, or a string")
+            raise UserError(f"{path}, line {number}: a query is one user message, or a string; of a "
+                            "conversation r the first turn: r[0]['content']")
         records.setdefault(record["prompt"][0]["content"], record)
     if len(records) < number:
         print(f"{path}: {number - len(records)} duplicate queries are left out")

@@ -139,26 +139,26 @@ def reads_shared_prefix(chat):
 
 # ---- Text to text --------------------------------------------------------------------------------
 
-def batch_size(chat, settings):
-    """How many records are sampled, and then written, together."""
+def sizes(chat, settings):
+    """How many records are sampled, and then written, together; and how many such batches at
+    once."""
     if isinstance(chat, servers.Server):
-        return settings["batch_size"] * servers.BATCHES_AT_ONCE
+        return 1, servers.AT_ONCE
     if device.type == "cuda":
-        return settings["batch_size"] * ROWS_ON_CUDA
-    return settings["batch_size"]
+        return settings["batch_size"] * ROWS_ON_CUDA, 1
+    return settings["batch_size"], 1
 
 
 def sample(chat, prompts, seeds, settings, begun=None, end=None):
     """Sample a response to each of N prompts, lists of chat messages, each with a seed of its own.
-    `begun`: texts that the responses go on from; `end`: a text after which a response is of no
-    interest."""
+    `begun`: texts that the responses go on from, and `end`: a text after which a response is of no
+    interest; neither is for a server."""
     if not prompts:
         return Sampled([], 0)
-    begun = begun or [""] * len(prompts)
     if isinstance(chat, servers.Server):
-        return Sampled(*servers.sample(chat, prompts, seeds, settings, begun, end))
+        return Sampled(*servers.sample(chat, prompts, seeds, settings))
     encoded = []
-    for messages, text in zip(prompts, begun):
+    for messages, text in zip(prompts, begun or [""] * len(prompts)):
         encoded.append(sso.encode_prompt(chat.tokenizer, messages) + chat.tokenizer(text).input_ids)
         if len(encoded[-1]) >= chat.context:
             raise UserError(f"a prompt of {len(encoded[-1])} tokens leaves no room in the model's "

@@ -2,74 +2,60 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 
 from conftest import ROOT
-from lab import smollm, toy
+from test_readme import first_run
 
-NUMBERS = ["01", "02", "03", "04", "05", "06"]
-ON_THE_FIRST_RUN = ("05", "06")
-
-
-def outcomes(folder, *words):
-    """{number of an exercise: set of the outcomes of its tests}, as `python -m pytest lessons` has them."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "lessons", "-rA", "-q", "-p", "no:cacheprovider", *words],
-                          cwd=folder, capture_output=True, text=True)
-    found = {}
-    for outcome, number in re.findall(r"^(PASSED|FAILED|ERROR) \S+::test_(\d\d)_", done.stdout, re.MULTILINE):
-        found.setdefault(number, set()).add(outcome)
-    assert found, done.stdout + done.stderr
-    return found
+EXERCISES = sorted(path.name for path in (ROOT / "lessons").glob("0*.py"))
+NOTEBOOK = json.loads((ROOT / "lessons/walkthrough.ipynb").read_text(encoding="utf-8"))
+CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 
-def test_each_exercise_is_red_on_its_blank_and_green_on_its_solution(default_run):
-    folder, numbers, words = ROOT, [number for number in NUMBERS if number not in ON_THE_FIRST_RUN], []
-    if default_run:                             # two exercises look at the first run of a reader
-        process, folder = default_run
-        assert process.wait() == 0
-        numbers = NUMBERS
-    words = ["-k", " or ".join(numbers)]
-    assert outcomes(folder, *words) == {number: {"FAILED"} for number in numbers}
-    assert outcomes(folder, "--solutions", *words) == {number: {"PASSED"} for number in numbers}
+@pytest.mark.slow
+@pytest.mark.parametrize("words, outcome", [([], "FAILED"), (["--solutions"], "PASSED")])
+def test_each_exercise_is_red_on_its_blank_and_green_on_its_solution(words, outcome):
+    """As `python -m pytest lessons` has it. Two exercises look at the first run of a reader."""
+    folder, _ = first_run()
+    done = subprocess.run([sys.executable, "-m", "pytest", "lessons", "-rA", "-q", *words], cwd=folder, capture_output=True,
+                          text=True)
+    found = re.findall(r"^(PASSED|FAILED|ERROR) \S+::test_(\d\d)_", done.stdout, re.MULTILINE)
+    assert set(found) == {(outcome, name[:2]) for name in EXERCISES}, done.stdout
 
 
 def test_every_exercise_says_what_it_asks_and_has_a_solution():
-    files = sorted(path.name for path in (ROOT / "lessons").glob("0*.py"))
-    assert [name[:2] for name in files] == NUMBERS
-    assert files == sorted(path.name for path in (ROOT / "lessons/solutions").glob("0*.py"))
-    for name in files:
-        text = (ROOT / "lessons" / name).read_text()
+    assert EXERCISES == sorted(path.name for path in (ROOT / "lessons/solutions").glob("0*.py")) and len(EXERCISES) == 6
+    teacher = (ROOT / "lessons/README.md").read_text(encoding="utf-8")
+    for name in EXERCISES:
+        text = (ROOT / "lessons" / name).read_text(encoding="utf-8")
         assert re.match(rf'"""Exercise {int(name[:2])}: .* \d+ minutes', text), name
-        assert "Hand in: " in text and f"python -m pytest lessons -k {name[:2]}" in text
-        teacher = (ROOT / "lessons/README.md").read_text()
-        assert f"`{name}`" in teacher
+        assert "Hand in: " in text and f"python -m pytest lessons -k {name[:2]}" in text and f"`{name}`" in teacher
 
 
-def test_the_lessons_do_not_run_with_the_projects_own_tests():
-    assert "testpaths = tests" in (ROOT / "pytest.ini").read_text()
+def test_the_notebook_is_committed_without_outputs_and_runs_on_colab():
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in CELLS) and len(CELLS) > 12
+    text = "".join("".join(cell["source"]) for cell in CELLS)
+    assert "Colab" in text and "requirements.txt" in text
 
 
-def test_the_notebook_runs_from_top_to_bottom(toy_base, tmp_path, monkeypatch, capsys):
-    """On few queries, and on a base model of seconds. Its outputs are not committed."""
-    notebook = json.loads((ROOT / "lessons/walkthrough.ipynb").read_text(encoding="utf-8"))
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells) and len(cells) > 12
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sso.py").touch()               # as in the project's folder
-    monkeypatch.setattr(toy, "build", lambda out, *args, **how: shutil.copytree(toy_base, out))
-    monkeypatch.setattr(smollm, "weights_folder", lambda: None)
+    monkeypatch.setattr("lab.gguf.smollm2", lambda: None)
     names = {}
-    for cell in cells:
-        exec("".join(cell["source"]).replace("QUERIES = 512", "QUERIES = 48"), names)
+    for cell in CELLS:
+        exec("".join(cell["source"]), names)
     printed = capsys.readouterr().out
-    assert "L_base at step zero: 0.6931" in printed and "quality" in printed
-    hand = re.findall(r"by hand (\d\.\d+), sso.sso_loss (\d\.\d+)", printed)
-    assert len(hand) == 2 and all(one == other for one, other in hand)
-    for one, other in re.findall(r"^L[+-] (\[.*\]) (\[.*\])$", printed, re.MULTILINE):
+    assert printed.count("L_base at step zero: 0.6931") == 3
+    # By hand and by sso.py: two log-probs of each term, then its loss.
+    pairs = re.findall(r"^L[+-] (\[.*\]) (\[.*\])$", printed, re.MULTILINE)
+    pairs += re.findall(r"^L[+-]: by hand (\S+), sso.sso_loss (\S+)$", printed, re.MULTILINE)
+    assert len(pairs) == 4
+    for one, other in pairs:
         assert json.loads(one) == pytest.approx(json.loads(other), abs=2e-3)
-    text = "".join("".join(cell["source"]) for cell in notebook["cells"])
-    assert "Colab" in text and "requirements.txt" in text
+    quality = {name: float(mean) for name, mean in re.findall(r"^(\w+) +quality (\S+) ±", printed, re.MULTILINE)}
+    assert quality["SSO"] > quality["PBAA"] > quality["base"]

@@ -1,191 +1,63 @@
-"""Every command of the README, as it stands there, and every name in it."""
+"""Every command of the README and the guide, as it stands there; every table, link and name of all pages.
+
+    python tests/test_readme.py         # writes the numbers of lines and tokens anew into README.md
+"""
 
 import ast
+import functools
 import io
 import json
-import math
+import multiprocessing.dummy
 import re
 import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import tokenize
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, run_here, write_jsonl
+from conftest import ROOT, TOY_BASE, run_here, write_jsonl
 
 import eval as evaluation
 import sso
-import train
-from lab import bench, study, toy
-from plumbing import cli, files
+from lab import study
+from plumbing.recipes import load_toml
+from plumbing.records import read_jsonl
 from plumbing.tables import print_table, show
+from toy import world
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDE = (ROOT / "GUIDE.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README + GUIDE, re.DOTALL)
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
+    "README.md", "docs/GUIDE.md", "docs/RESULTS.md", "docs/COSTS.md", "lessons/README.md")}
+README = PAGES["README.md"]
+COMMANDS_OF = README + PAGES["docs/GUIDE.md"]
+BLOCKS = re.findall(r"```bash\n(.*?)```", COMMANDS_OF, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlines()
             if line.strip() and not line.startswith("#")]
+MEAN = r"[-−]?\d+\.\d{3}\s±\s\d+\.\d{3}"        # with its error
 SETUP = "pip install -r requirements.txt && "
-SMALL = ("--principles.max-new-tokens 6 --responses.max-new-tokens 6 --responses.batch-size 4 --generator.lr 1e-3 "
-         "--policy.lr 1e-3 --policy.batch-size 3 --generator.batch-size 2 --policy.micro-batch-tokens 900")
-MODULES = {"sso": "sso", "generate": "generate", "train": "train", "eval": "eval", "run": "run"} | {
-    name: f"plumbing.{name}" for name in ("chat", "checkpoint", "cli", "fast", "files", "principles", "sampling",
-                                          "server", "tables", "watch")} | {
-    name: f"lab.{name}" for name in ("bench", "facts", "figures", "form", "real", "reward", "smollm", "study", "toy")}
+ROOMS = ("", "plumbing/", "lab/", "toy/")
+MODULES = {path.stem: (room + path.stem).replace("/", ".") for room in ROOMS for path in (ROOT / room).glob("*.py")}
 
+
+# ---- Names, links, numbers -----------------------------------------------------------------------
 
 def test_the_test_command_of_the_readme_is_what_ci_runs():
     assert SETUP + "python -m pytest" in COMMANDS and SETUP + "python -m pytest" in (ROOT / ".ci/run").read_text()
 
 
-def test_every_function_and_file_that_the_readme_names_exists():
-    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in
-                   ("README.md", "GUIDE.md", "COSTS.md", "RESULTS.md", "lessons/README.md"))
-    names = re.findall(rf"`(?:plumbing\.|lab\.)?({'|'.join(MODULES)})\.(\w+)", text)
+def test_every_function_and_file_that_a_page_names_exists():
+    text = "".join(PAGES.values())
+    names = re.findall(rf"`(?:plumbing\.|lab\.|toy\.)?({'|'.join(MODULES)})\.(\w+)", text)
     assert len(names) > 10
     for module, name in names:
         assert name in ("py", "toml", "json") or hasattr(import_module(MODULES[module]), name), f"{module}.{name}"
-    for file in re.findall(r"`((?:plumbing/|lab/|recipes/|data/)?\w[\w.-]*\.(?:py|toml|txt))`", text):
+    for file in re.findall(r"`((?:\w+/)?\w[\w.-]*\.(?:py|toml|txt))`", text):
         assert list(ROOT.rglob(file)), file
-    sizes = re.findall(r"`([\w/]+\.py)` \| ([\d,]+) \|", README)
-    assert len(sizes) == 5
-    for script, tokens in sizes:
-        assert tokens_of_code(ROOT / script) == pytest.approx(int(tokens.replace(",", "")), rel=0.03), script
-
-
-def test_every_link_to_a_line_of_code_leads_to_the_definition_that_it_names():
-    """`[what](file.py#L7 "name")`: line 7 defines that name; every other link is to a file that is there."""
-    links = re.findall(r"\]\(([\w/.]+\.py)#L(\d+) \"(\w+)\"\)", README)
-    assert len(links) > 20
-    for file, number, name in links:
-        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-        right = [i for i, line in enumerate(lines, 1) if re.match(rf"def {name}\(|{name} = ", line)]
-        assert right == [int(number)], f"{file}: {name} is on line {right}, README.md says {number}"
-    assert README.count(".py#L") == len(links)
-    for page in ("README.md", "GUIDE.md", "RESULTS.md", "COSTS.md", "lessons/README.md"):
-        for target in re.findall(r"\]\(([^)\s#]+)", (ROOT / page).read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), (page, target)
-
-
-def test_the_readmes_five_rows_are_those_of_the_committed_first_run(capsys):
-    rows = json.loads((ROOT / "results/first-run.json").read_text())["rows"]
-    evaluation.print_report(rows)
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(printed) == 9 and all(line in README for line in printed)
-
-
-def test_what_the_readmes_commands_gave_on_smollm2_is_in_the_committed_file(capsys):
-    found, text = results_of("smollm2-run.json"), (ROOT / "RESULTS.md").read_text("utf-8")
-    evaluation.print_report(found["rows"])
-    for measures in found["preflight"].values():
-        evaluation.print_preflight(measures)
-    printed = table_lines(capsys.readouterr().out)
-    assert len(printed) == 15 and all(line in text for line in printed)
-    assert f"{found['seconds'] / 60:.0f} minutes, {found['peak bytes'] / 1e9:.1f} GB" in README
-    assert found["command"] in README
-    replaced = sum(map(int, re.findall(r": (\d+)", found["principles"])))
-    assert f"{replaced} in 128 were replaced" in text
-
-
-def test_the_tables_of_the_runs_on_real_weights_are_those_of_the_committed_files(capsys):
-    text = (ROOT / "RESULTS.md").read_text("utf-8").split("# The toy world")[0]
-    columns = ["quality", "accuracy", "p(chosen)", "p(rejected)", "policy's p(original)"]
-    found = set()
-    for name in ("miniature.json", "figure3-smollm2.json"):
-        results = results_of(name)
-        assert "settings" in results and len(results["seeds"]) > 1
-        for seed, run_of_it in results["seeds"].items():
-            print_table(run_of_it["rows"], columns)
-            lines = capsys.readouterr().out.splitlines()
-            assert len(lines) > 4 and all(line in text for line in lines), (name, seed)
-            for step in run_of_it["costs"].values():
-                assert step["seconds"] >= 0 and step["peak bytes"] > 1e8
-        found |= set(cells_of(results))
-    found |= set(cells_of(results_of("ways.json")))
-    # What the prose says is a cell of the files, or a paired difference in them.
-    said = re.findall(r"[-−]?\d\.\d{3}\s±\s\d\.\d{3}", re.sub(r"(?m)^\|.*$", "", text))
-    assert len(said) > 4 and {" ".join(each.split()).replace("−", "-") for each in said} <= found | {f"-{each}" for each in found} | {
-        each[1:] for each in found if each.startswith("-")}
-
-
-def test_the_ways_of_giving_a_principle_are_those_of_the_committed_file(capsys):
-    text = (ROOT / "RESULTS.md").read_text("utf-8")
-    for rows in results_of("ways.json")["all seeds"].values():
-        print_table(rows, ["y+", "yo", "y-", "accuracy", "y+ over yo"])
-        printed = table_lines(capsys.readouterr().out)
-        assert len(printed) == 6 and all(line in text for line in printed)
-
-
-def test_step_1_by_reason_is_that_of_the_committed_file(capsys):
-    rows = results_of("step1.json")["rows"]
-    assert len(rows) == 2 and all(sum(row.values()) == 256 for row in rows.values())
-    print_table(rows, list(next(iter(rows.values()))))
-    printed = table_lines(capsys.readouterr().out)
-    assert len(printed) == 3 and all(line in (ROOT / "RESULTS.md").read_text("utf-8") for line in printed)
-
-
-def cells_of(results):
-    """Every mean with its error in a file of results, as it is printed."""
-    if isinstance(results, list):
-        results = dict(enumerate(results))
-    if isinstance(results, dict) and {"mean", "se"} <= results.keys():
-        yield show(results)
-    elif isinstance(results, dict):
-        for part in results.values():
-            yield from cells_of(part)
-
-
-def results_of(name):
-    """A committed file of results. It says where it is from."""
-    found = json.loads((ROOT / "results" / name).read_text())
-    assert {"command", "machine", "commit", "versions"} <= found.keys()
-    return found
-
-
-def table_lines(printed):
-    return [line for line in printed.splitlines() if line.startswith("|") and set(line) - set("|- ")]
-
-
-def test_the_studys_tables_and_differences_are_those_of_the_committed_file(capsys):
-    found, text = results_of("study.json"), (ROOT / "RESULTS.md").read_text("utf-8").split("# The toy world")[1]
-    study.print_tables(found["runs"], found["rounds"])
-    printed = table_lines(capsys.readouterr().out)
-    assert len(printed) > 80 and table_lines(text) == [line for line in table_lines(text) if line in printed]
-    assert set(printed) <= set(table_lines(text))
-    # What the prose says, "0.116 ± 0.035", is a paired difference of two rows in some column.
-    names, said = list(found["runs"][0]), re.findall(r"[-−]?\d\.\d{3} ± \d\.\d{3}", re.sub(r"(?m)^\|.*$", "", text))
-    differences = set()
-    for column in ("quality", "accuracy"):
-        for a in names:
-            for b in names:
-                differences.add(show(study.paired(found["runs"], a, b, column)))
-    assert len(said) > 8 and {each.replace("−", "-") for each in said} <= differences
-
-
-def test_the_table_of_peak_memory_is_that_of_the_committed_benchmark(capsys):
-    rows, = results_of("bench-memory.json")["tables"]
-    print_table(rows, ["extra GiB"])
-    printed = table_lines(capsys.readouterr().out)
-    assert len(printed) > 3 and all(line in (ROOT / "COSTS.md").read_text("utf-8") for line in printed)
-
-
-@pytest.mark.parametrize("name", ["bench", "bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling",
-                                  "bench-smollm2-step1", "bench-toy"])
-def test_the_tables_of_the_benchmark_are_those_of_the_committed_files(name, capsys):
-    for rows in results_of(f"{name}.json")["tables"]:
-        print_table(rows, bench.COLUMNS)
-        assert len(rows) > 1 and capsys.readouterr().out in (ROOT / "COSTS.md").read_text("utf-8")
-
-
-def test_the_steps_of_the_runs_on_real_weights_cost_what_the_committed_files_say():
-    text = (ROOT / "COSTS.md").read_text("utf-8")
-    for name in ("miniature.json", "figure3-smollm2.json"):
-        for step, cost in results_of(name)["seeds"]["1"]["costs"].items():
-            speed = f"{cost['tokens a second']:.0f}" if "tokens a second" in cost else "-"
-            cells = [step, f"{cost['seconds'] / 60:.1f}", speed, f"{cost['peak bytes'] / 1e9:.1f}"]
-            assert any([cell.strip() for cell in line.split("|")[1:-1]] == cells for line in text.splitlines()), step
 
 
 def tokens_of_code(path):
@@ -207,6 +79,121 @@ def tokens_of_code(path):
     return count
 
 
+def numbers_anew(text):
+    """A page with the right numbers: `[what](file.py#L7 "name")`, since line 7 defines that name; and a script's tokens of
+    code, if they are off by more than 3 %."""
+    def line_of(found):
+        file, _, name = found.groups()
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        right = [i for i, line in enumerate(lines, 1) if re.match(rf"(def|class) {name}\(|{name} = ", line)]
+        assert len(right) == 1, f"{file}: {name} is defined on lines {right}"
+        return f']({file}#L{right[0]} "{name}")'
+
+    def size_of(found):
+        file, tokens = found.groups()
+        right = tokens_of_code(ROOT / file)
+        near = int(tokens.replace(",", "")) == pytest.approx(right, rel=0.03)
+        return found[0] if near else f"`{file}` | {right:,} |"
+
+    text = re.sub(r"\]\(([\w/.]+\.py)#L(\d+) \"(\w+)\"\)", line_of, text)
+    return re.sub(r"`([\w/]+\.py)` \| ([\d,]+) \|", size_of, text)
+
+
+def test_every_link_leads_somewhere_and_to_the_line_that_defines_what_it_names():
+    assert README == numbers_anew(README), "put right by `python tests/test_readme.py`"
+    assert README.count(".py#L") == len(re.findall(r"\.py#L\d+ \"\w+\"\)", README)) > 20
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s#]+)", text):
+            assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), (page, target)
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+def print_all(tables, columns=None):
+    for rows in tables:
+        print_table(rows, columns or list(next(iter(rows.values()))))
+
+
+def print_run(found):
+    evaluation.print_report(found["rows"])
+    for measures in found.get("preflight", {}).values():
+        evaluation.print_preflight(measures)
+
+
+def print_real(found):
+    print_all([seed["rows"] for seed in found["seeds"].values()],
+              ["quality", "accuracy", "p(chosen)", "p(rejected)", "policy's p(original)"])
+    rows = {}
+    for step, cost in found["seeds"]["1"]["costs"].items():
+        rows[step] = {"minutes": f"{cost['seconds'] / 60:.1f}", "peak GB": f"{cost['peak bytes'] / 1e9:.1f}"}
+        if "tokens a second" in cost:
+            rows[step]["tokens a second"] = f"{cost['tokens a second']:.0f}"
+    print_all([rows], ["minutes", "tokens a second", "peak GB"])
+
+
+def print_bench(found):
+    print_all(found["tables"], ["ms", "ratio", "TFLOP", "share of peak", "extra GiB"])
+
+
+PRINTERS = {    # file of results -> how its tables are printed
+    "first-run": print_run, "smollm2-run": print_run, "miniature": print_real, "figure3-smollm2": print_real,
+    "ways": lambda found: print_all(found["all seeds"].values(), ["y+", "yo", "y-", "accuracy", "y+ over yo"]),
+    "step1": lambda found: print_all([found["rows"]]), "study": lambda found: study.print_tables(found["runs"], found["rounds"]),
+    "bench-memory": lambda found: print_all(found["tables"], ["extra GiB"]), **dict.fromkeys(
+        ["bench", "bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling", "bench-smollm2-step1", "bench-toy"], print_bench)}
+
+
+def results_of(name):
+    """A committed file of results. It says where it is from."""
+    found = json.loads((ROOT / f"results/{name}.json").read_text())
+    assert {"command", "machine", "commit", "versions"} <= found.keys()
+    return found
+
+
+def table_lines(text):
+    """The rows of tables in which there are numbers."""
+    return {line for line in text.splitlines() if re.match(r"\|.*\d", line)}
+
+
+def cells_of(results):
+    """Every mean with its error in a file of results, as it is printed."""
+    if isinstance(results, list):
+        results = dict(enumerate(results))
+    if isinstance(results, dict) and {"mean", "se"} <= results.keys():
+        yield show(results)
+    elif isinstance(results, dict):
+        for part in results.values():
+            yield from cells_of(part)
+
+
+def test_every_table_and_every_number_with_an_error_is_of_a_committed_file_of_results(capsys):
+    assert {path.stem for path in (ROOT / "results").glob("*.json")} == set(PRINTERS)
+    text = "".join(PAGES.values())
+    lines, known = table_lines(text), set()
+    for name, printer in PRINTERS.items():
+        found = results_of(name)
+        printer(found)
+        printed = table_lines(capsys.readouterr().out)
+        assert len(printed) > 1 and printed <= lines, name
+        known |= set(cells_of(found)) | set(re.findall(MEAN, " ".join(printed)))
+    runs = results_of("study")["runs"]          # what the prose says of the study are paired differences of two rows
+    for a in runs[0]:
+        for b in runs[0]:
+            known |= {show(study.paired(runs, a, b, column)) for column in ("quality", "accuracy")}
+    said = {" ".join(each.split()).replace("−", "-") for each in re.findall(MEAN, text)}
+    assert len(said) > 400 and {each for each in said if each not in known and f"-{each}" not in known} == set()
+
+
+def test_what_the_readme_says_of_its_run_on_smollm2():
+    found = results_of("smollm2-run")
+    assert f"{found['seconds'] / 60:.0f} minutes, {found['peak bytes'] / 1e9:.1f} GB" in README
+    assert found["command"] in README
+    replaced = sum(map(int, re.findall(r": (\d+)", found["principles"])))
+    assert f"{replaced} in 128 were replaced" in PAGES["docs/RESULTS.md"]
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
 def test_the_shortened_worked_example_is_of_what_sso_prints(capsys):
     """In its order; but for the last digits, which are those of one machine."""
     example, = re.findall(r"Shortened:\n\n```\n(.*?)```", README, re.DOTALL)
@@ -219,87 +206,116 @@ def test_the_shortened_worked_example_is_of_what_sso_prints(capsys):
             at = printed.index(line, at) + len(line)
 
 
-def test_the_readmes_objective_and_loss_of_ones_own_run(toy_base, tmp_path, monkeypatch):
-    """The blocks of Python of README and guide, as they stand there, in the toy world with few queries; SimPO scores no
-    reference."""
-    blocks = re.findall(r"```python\n(.*?)```", README + GUIDE, re.DOTALL)
-    assert len(blocks) == 2
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    monkeypatch.setattr(toy, "QUERIES", 24)
-    monkeypatch.setattr(toy, "HELDOUT", 8)
-    monkeypatch.setattr(toy, "build", lambda out, *args, **how: shutil.copytree(toy_base, out))
-    monkeypatch.setattr(sso, "PAIRS", sso.PAIRS | {})
-    monkeypatch.setattr(sso, "BASE_LOSSES", sso.BASE_LOSSES | {})
-    monkeypatch.setattr(sso, "REFERENCE_FREE", set())
-    monkeypatch.setitem(cli.CHOICES, "objective", sso.PAIRS)
-    monkeypatch.setitem(cli.CHOICES, "base_loss", sso.BASE_LOSSES)
-    exec(blocks[0], {})
-    made_from = json.loads((tmp_path / "runs/mine/generator/args.json").read_text())
-    assert made_from["objective"] == "mine" and "mine" in json.loads((tmp_path / "runs/mine/report.json").read_text())
-    first = files.read_jsonl(tmp_path / "runs/hinge/policy/log.jsonl", needs=())[0]
-    assert first["base"] == 1.0                     # max(0, 1 - 0): policy = reference
-    monkeypatch.setattr(train, "score", None)       # what would score the reference
-    exec(blocks[1], {})
-    made_from = json.loads((tmp_path / "runs/simpo/policy/args.json").read_text())
-    assert (made_from["base_loss"], made_from["margin"], made_from["beta"]) == ("simpo", 0.5, 2.0)
+@functools.cache
+def first_run():
+    """`python run.py` in a clean copy, once: its folder, and what it printed."""
+    folder = Path(tempfile.mkdtemp(prefix="clean"))
+    for file in [*ROOT.glob("*.py"), ROOT / "pytest.ini"]:
+        shutil.copy(file, folder)
+    for room in ("plumbing", "toy", "recipes", "lessons"):          # not the lab: the scripts stand without it
+        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run([sys.executable, "run.py"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stdout + done.stderr
 
 
-def test_every_other_command_of_the_readme(toy_base, qwen3, small_study, tmp_path, monkeypatch, capsys):
-    """In the order of the README, with a toy base trained for seconds, few queries, a tiny checkpoint for Qwen, and a
-    study of one seed and one round."""
-    monkeypatch.chdir(tmp_path)
-    for folder in ("data", "recipes", "lab", "results"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    write_jsonl(tmp_path / "data/queries.jsonl", files.read_jsonl(ROOT / "data/queries.jsonl")[:12])
-    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in "abcdefgh"]
-    write_jsonl(tmp_path / "data/ultrafeedback.jsonl",      # what the command above it writes
-                [{"chosen": chat, "rejected": chat[:1] + chats[0][1:]} for chat in chats[1:]])
-    shutil.copytree(qwen3, tmp_path / "models/smollm2")
-    run_here("python run.py", monkeypatch)
-    ran = []
-    for line in COMMANDS:
-        if line.startswith((SETUP, "pip ", "python -c")):      # the last one needs the network
-            continue
-        line = line.replace("Qwen/Qwen2.5-0.5B-Instruct", str(qwen3))
-        line = line.replace("--seeds 5", "--seeds 1").replace("--rounds 6", "--rounds 1").replace("128", "8")
-        if line.startswith((f"python run.py --model {qwen3}", "python run.py --model models/smollm2")):
-            line += f" {SMALL}"
-        try:
-            run_here(line, monkeypatch)
-        except SystemExit as end:              # matplotlib is optional
-            assert "lab.figures" in line and "need matplotlib" in str(end) and not find_spec("matplotlib"), (line, end)
-        ran.append(line)
-    printed = capsys.readouterr().out
-    assert len(ran) > 20 and "paired difference" in printed
-    assert "Table 2: reward models" in printed and "Over rounds: quality" in printed
-    for script in ("run.py", "train.py", "generate.py", "eval.py"):
-        assert f"`{script}`" in README + GUIDE and any(script in line for line in ran)
-
-
-def test_the_first_command_of_the_readme(default_run):
-    """`python run.py` on a clean checkout ends with the tables, and the policy of SSO is the best of the three."""
+@pytest.mark.slow
+def test_the_first_command_of_the_readme():
+    """It ends with the tables, and the policy of SSO is the best of the three."""
     assert COMMANDS[0] == SETUP + "python run.py"
-    process, folder = default_run                   # started when the session started: it takes minutes
-    assert process.wait() == 0, (folder / "stderr").read_text()[-2000:]
-    printed, report = (folder / "stdout").read_text(), json.loads((folder / "runs/toy/report.json").read_text())
-    assert re.search(r"\n\| SSO +\| \d+ +\|", printed) and "L_base at step zero: 0.6931" in printed + (
-        folder / "stderr").read_text()
+    folder, printed = first_run()
+    report = json.loads((folder / "runs/toy/report.json").read_text())
+    assert re.search(r"\n\| SSO +\| \d+ +\|", printed) and "L_base at step zero: 0.6931" in printed
     quality = {name: row["quality"]["mean"] for name, row in report.items()}
     assert quality["SSO"] > quality["PBAA"] > quality["base"]
     assert report["SSO"]["p(rejected)"]["mean"] > 1.5 * report["PBAA"]["p(rejected)"]["mean"]
-    for name, row in report.items():
-        assert f"{row['quality']['mean']:.3f} ± {row['quality']['se']:.3f}" in printed
+    for row in report.values():
+        assert show(row["quality"]) in printed
     # What the report says of the pairs, computed again by a loop over the file.
-    records = [json.loads(line) for line in (folder / "runs/toy/pairs.jsonl").read_text().splitlines()]
-    scores = []
-    for record in records:
-        query, marks = record["prompt"][0]["content"], []
+    verdicts = []
+    for record in read_jsonl(folder / "runs/toy/pairs.jsonl"):
+        marks = []
         for column in ("chosen", "rejected"):
             text = record[column][0]["content"]
-            marks.append(toy.grade(query, text, record[f"{column}_finished"]) if text.strip() else -1)
-        scores.append(1.0 if marks[0] > marks[1] else 0.5 if marks[0] == marks[1] else 0.0)
-    assert len(records) == report["SSO"]["pairs"] == toy.QUERIES
-    assert report["SSO"]["accuracy"]["mean"] == pytest.approx(statistics.fmean(scores))
-    assert report["SSO"]["accuracy"]["se"] == pytest.approx(statistics.stdev(scores) / math.sqrt(toy.QUERIES))
-    assert report["SSO"]["ties"]["mean"] == pytest.approx(scores.count(0.5) / toy.QUERIES)
+            mark = world.grade(record["prompt"][0]["content"], text, record[f"{column}_finished"])
+            marks.append(mark if text.strip() else -1)
+        verdicts.append(0.5 + (marks[0] > marks[1]) / 2 - (marks[0] < marks[1]) / 2)
+    assert len(verdicts) == report["SSO"]["pairs"] == world.QUERIES
+    assert report["SSO"]["accuracy"]["mean"] == pytest.approx(statistics.fmean(verdicts))
+    assert report["SSO"]["accuracy"]["se"] == pytest.approx(statistics.stdev(verdicts) / world.QUERIES ** 0.5)
+    assert report["SSO"]["ties"]["mean"] == pytest.approx(verdicts.count(0.5) / world.QUERIES)
+
+
+@pytest.fixture
+def place(qwen3, tmp_path, monkeypatch):
+    """A folder as the project's, with few queries and a tiny checkpoint for SmolLM2."""
+    for room in ("toy", "lab", "recipes", "results"):
+        (tmp_path / room).symlink_to(ROOT / room)
+    (tmp_path / "data").mkdir()
+    for path in (ROOT / "data").glob("*.jsonl"):
+        (tmp_path / "data" / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:12]))
+    shutil.copytree(qwen3, tmp_path / "models/smollm2")
+    monkeypatch.setattr(world, "QUERIES", 16)
+    monkeypatch.setattr(world, "HELDOUT", 8)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_objective_and_the_losses_of_ones_own_run(place, monkeypatch):
+    """The blocks of Python, as they stand there. SimPO scores no reference."""
+    own, simpo = re.findall(r"```python\n(.*?)```", COMMANDS_OF, re.DOTALL)
+    monkeypatch.setattr(sso, "REFERENCE_FREE", set())
+    for table in (sso.PAIRS, sso.BASE_LOSSES):
+        monkeypatch.setitem(table, "mine", None)        # both tables are as before at the end
+        monkeypatch.delitem(table, "mine")
+    exec(own, {})
+    assert json.loads(Path("runs/mine/generator.args.json").read_text())["objective"] == "mine"
+    assert list(json.loads(Path("runs/mine/report.json").read_text())) == ["base", "PBAA", "mine"]
+    first = json.loads(Path("runs/hinge/policy/log.jsonl").read_text().splitlines()[0])
+    assert first["base"] == 1.0                         # max(0, 1 - 0): policy = reference
+    monkeypatch.setattr("train.score", None)            # what would score the reference
+    exec(simpo, {})
+    note = json.loads(Path("runs/simpo/policy.args.json").read_text())
+    assert (note["base_loss"], note["margin"], note["beta"]) == ("simpo", 0.5, 2.0)
+
+
+@pytest.fixture
+def small_study(monkeypatch):
+    """The study with a grid of one cell, in this process, from the base model that is there."""
+    small = load_toml(ROOT / "lab/study.toml")
+    small |= {"search_seeds": [6], "search_rounds": 1, "grid": dict.fromkeys(small["grid"], [{"lr": 1e-3, "epochs": 1}])}
+    for name in ("best", "default"):
+        small[name] = dict.fromkeys(small[name], [0, 0])
+    monkeypatch.setattr("plumbing.recipes.load_toml", lambda path: small if Path(path).name == "study.toml" else load_toml(path))
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: multiprocessing.dummy)
+    monkeypatch.setattr(world, "build", lambda out, *args: shutil.copytree(TOY_BASE, out))
+
+
+SKIPPED = (SETUP, "pip ", "python -c", "python -m lab.gguf")       # by CI; needs the network; tested with lab/gguf.py
+
+
+@pytest.mark.slow
+def test_every_other_command(place, qwen3, small_study, monkeypatch, capsys):
+    """In their order, with few queries, a tiny checkpoint for Qwen, and a study of one seed and one round."""
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in "abcdefgh"]
+    write_jsonl(place / "data/ultrafeedback.jsonl",         # what the command above it writes
+                [{"chosen": chat, "rejected": chat[:1] + chats[0][1:]} for chat in chats[1:]])
+    run_here("python run.py", monkeypatch)
+    commands = [line for line in COMMANDS if not line.startswith(SKIPPED)]
+    assert len(commands) > 20
+    for line in commands:
+        line = line.replace("--seeds 5", "--seeds 1").replace("--rounds 6", "--rounds 1").replace("128", "8")
+        if "Qwen/" in line or "models/smollm2" in line:
+            line = line.replace("Qwen/Qwen2.5-0.5B-Instruct", str(qwen3))
+            line += " --set principles.max_new_tokens=6 --set responses.max_new_tokens=6"
+        try:
+            run_here(line, monkeypatch)
+        except SystemExit as end:           # matplotlib is optional
+            assert "lab.figures" in line and "need matplotlib" in str(end) and not find_spec("matplotlib"), (line, end)
+    printed = capsys.readouterr().out
+    assert "paired difference" in printed and "Table 2: reward models" in printed and "Over rounds: quality" in printed
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(numbers_anew(README), encoding="utf-8")

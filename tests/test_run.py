@@ -2,13 +2,11 @@
 
 import contextlib
 import json
-import math
 import multiprocessing
 import os
 import random
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -61,13 +59,36 @@ def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def log_of(folder):
-    return read_jsonl(folder / "log.jsonl", needs=()) if False else [
-        json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 # ---- The whole path ------------------------------------------------------------------------------
 
+def assert_files_of_the_field(out, checkpoint):
+    """Ordinary folders, tokenizer and template included; a standard preference file."""
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    for name in ("generator", "policy", "pbaa"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(out / name), AutoTokenizer.from_pretrained(out / name)
+        assert model.dtype == torch.float32
+        assert tokenizer.chat_template == AutoTokenizer.from_pretrained(checkpoint).chat_template
+        assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters()))
+        assert model.generation_config.repetition_penalty == base.generation_config.repetition_penalty == 1.1
+    for line_of_pairs in (out / "pairs.jsonl").read_text().splitlines():
+        pair = json.loads(line_of_pairs)
+        roles = [message["role"] for message in pair["prompt"] + pair["chosen"] + pair["rejected"]]
+        assert roles == ["user", "assistant", "assistant"]
+
+
+def assert_made_of(out, checkpoint):
+    """Each step is made of what the paper says: the original policy is trained, not the generator."""
+    made_of = {"principles.jsonl": (checkpoint, "queries.jsonl"), "responses.jsonl": (checkpoint, "principles.jsonl"),
+               "generator": (checkpoint, "responses.jsonl"), "pairs.jsonl": (out / "generator", "responses.jsonl"),
+               "policy": (checkpoint, "pairs.jsonl"), "pbaa": (checkpoint, "responses.jsonl"),
+               "answers_base.jsonl": (checkpoint, "heldout.jsonl"), "answers_PBAA.jsonl": (out / "pbaa", "heldout.jsonl"),
+               "answers_SSO.jsonl": (out / "policy", "heldout.jsonl")}
+    for name, (model, data) in made_of.items():
+        assert {named(model), named(out / data)} < set(map(str, note(out / name).values())), name
+
+
+@pytest.mark.parametrize("checkpoint", [pytest.param("qwen2", marks=pytest.mark.slow), "qwen3",
+                                        pytest.param("llama", marks=pytest.mark.slow)], indirect=True)
 def test_the_whole_path_on_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
     """Qwen2, Qwen3 and Llama, with their own templates: all four steps, again without doing anything, continued."""
     prompts = ["Name a fruit.", "Why is the sky blue?", "Write a haiku about rain.", "2 + 2?", "Say hi.", "And you?"]
@@ -82,28 +103,11 @@ def test_the_whole_path_on_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsy
     for name in ("PBAA", "SSO"):
         assert 0 < report[name]["p(chosen)"]["mean"] < 1
         assert not {"accuracy", "ties", "quality", "win rate", "y+"} & report[name].keys()          # there is no critic
-    base = AutoModelForCausalLM.from_pretrained(checkpoint)
-    for name in ("generator", "policy", "pbaa"):                 # ordinary folders, tokenizer and template included
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(out / name), AutoTokenizer.from_pretrained(out / name)
-        assert model.dtype == torch.float32
-        assert tokenizer.chat_template == AutoTokenizer.from_pretrained(checkpoint).chat_template
-        assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters()))
-        assert model.generation_config.repetition_penalty == base.generation_config.repetition_penalty == 1.1
-    for line_of_pairs in (out / "pairs.jsonl").read_text().splitlines():
-        pair = json.loads(line_of_pairs)
-        roles = [message["role"] for message in pair["prompt"] + pair["chosen"] + pair["rejected"]]
-        assert roles == ["user", "assistant", "assistant"]
+    assert_files_of_the_field(out, checkpoint)
     held, used = set(texts(out / "heldout.jsonl", "prompt")), set(texts(out / "queries.jsonl", "prompt"))
     assert len(held) == 1 and held | used == set(prompts) and not held & used
 
-    # Each step is made of what the paper says: the original policy is trained, not the generator.
-    made_of = {"principles.jsonl": (checkpoint, "queries.jsonl"), "responses.jsonl": (checkpoint, "principles.jsonl"),
-               "generator": (checkpoint, "responses.jsonl"), "pairs.jsonl": (out / "generator", "responses.jsonl"),
-               "policy": (checkpoint, "pairs.jsonl"), "pbaa": (checkpoint, "responses.jsonl"),
-               "answers_base.jsonl": (checkpoint, "heldout.jsonl"), "answers_PBAA.jsonl": (out / "pbaa", "heldout.jsonl"),
-               "answers_SSO.jsonl": (out / "policy", "heldout.jsonl")}
-    for name, (model, data) in made_of.items():
-        assert {named(model), named(out / data)} < set(map(str, note(out / name).values())), name
+    assert_made_of(out, checkpoint)
 
     before = times(out)
     run_here(line, monkeypatch)
@@ -190,7 +194,7 @@ def test_what_is_trained_on_is_looked_at_before_and_reported_as_the_measures_hav
 
 @pytest.mark.parametrize("objective, originals, terms", [
     ("policy", 4, None), ("original", 10, None), ("plain", 4, None),        # of all queries where the policy needs yo
-    ("plus", 4, {"L+"}), ("minus", 4, {"L-"}), ("eq3", 4, {"L+", "L-"})])
+    ("plus", 4, {"L+"}), ("eq3", 4, {"L+", "L-"})])
 def test_an_objective_trains_the_generator_or_without_one_the_policy(objective, originals, terms, tmp_path, monkeypatch):
     """`plain` is one of our own: under x say y- rather than y+."""
     monkeypatch.setitem(sso.PAIRS, "plain", {"C": sso.Pair("original", winner="bad", loser="good")})
@@ -281,18 +285,108 @@ def test_held_out_queries_of_another_run_make_the_tables_comparable(tmp_path):
 
 
 def test_the_report_is_made_anew_for_another_critic_or_other_policies(tmp_path):
-    grader = write_jsonl(tmp_path / "grader.py", [])
-    grader.write_text("def grade(query, response, finished):\n    return 1\n")
-    how, seen = {"objective": "policy", "count": 30}, []
+    grader = tmp_path / "grader.py"
+    seen = []
 
-    def again(**judged_by):
-        out, report = small_run(tmp_path, **how | {"grader": None} | judged_by)
-        row, = [report[name] for name in ("PBAA",)]
+    def report_of(recipe=FEW, **judged_by):
+        """How many are measured: the accuracy of pairs, the quality of answers, p of pairs."""
+        out, report = small_run(tmp_path, recipe, 30, objective="policy", **{"grader": None} | judged_by)
         seen.append((out / "report.json").stat().st_mtime_ns)
-        return [row.get(name, {}).get("n") for name in ("accuracy", "quality", "p(chosen)")]
+        return [report["PBAA"].get(name, {}).get("n") for name in ("accuracy", "quality", "p(chosen)")]
 
-    for judged_by, numbers in (({"grader": grader}, [27, 3, 27]), ({"grader": grader}, [27, 3, 27]),
-                               ({"judge": TOY_BASE, "judge_pairs": 4}, [4, 3, 27]),
-                               ({"judge": TOY_BASE, "judge_pairs": 2}, [2, 2, 27]), ({}, [None, None, 27])):
-        assert again(**judged_by) == numbers
-    assert seen[0] == seen[1] < seen[2] < seen[3] < seen[4]
+    for mark in (1, 1, 0):              # an edited grader is another one
+        grader.write_text(f"def grade(query, response, finished):\n    return {mark}\n")
+        assert report_of(grader=grader) == [27, 3, 27]
+    for number in (4, 2):
+        assert report_of(judge=TOY_BASE, judge_pairs=number) == [number, min(3, number), 27]
+    assert report_of() == [None, None, 27]
+    shutil.rmtree(tmp_path / "run/policy")                      # another policy in its place
+    (tmp_path / "run/answers_PBAA.jsonl").unlink()
+    other = change(FEW, policy={"lr": 1e-2})
+    report_of(other)
+    assert seen[0] == seen[1] and seen[1:] == sorted(set(seen))
+    (tmp_path / "run/report.json.args.json").unlink()
+    with pytest.raises(UserError, match="report.json was not made by this command; move or delete it"):
+        report_of(other)
+
+
+# ---- Killed at any moment ------------------------------------------------------------------------
+
+OUTPUTS = ["queries.jsonl", "principles.jsonl", "responses.jsonl", "generator/config.json", "pairs.jsonl",
+           "policy/config.json", "pbaa/config.json", "answers_SSO.jsonl", "report.json"]
+
+
+def live(folder, words):
+    """`python run.py` with a checkpoint before every step."""
+    log = open(f"{folder}.log", "a")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    checkpoints.SAVE_SECONDS = 0
+    with contextlib.chdir(folder.parent):
+        run_here(f"python run.py --out {folder.name} {words}", pytest.MonkeyPatch())
+
+
+def start(folder, words):
+    """A process that has imported everything: a fork of this one."""
+    process = multiprocessing.get_context("fork").Process(target=live, args=(folder, words))
+    process.start()
+    return process
+
+
+def first_missing(folder):
+    return next((number for number, file in enumerate(OUTPUTS) if not (folder / file).exists()), len(OUTPUTS))
+
+
+def results(folder):
+    """{name: bytes} of all that a run has made. What a step took is another every time."""
+    made = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            made[str(path.relative_to(folder))] = re.sub(rb'"seconds": [\d.e+-]+', b"", path.read_bytes())
+    return made
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    """In each of its stages at a moment drawn at random. SSO_KILLS=10 kills ten times a stage, by moments of its own."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    kills = int(os.environ.get("SSO_KILLS", 1))
+    seed = random.randrange(2**32) if kills > 1 else 0
+    rng = random.Random(seed)
+    words = (f"--model {TOY_BASE} --queries {write_queries(tmp_path, 20)} --recipe {world.RECIPE} --grader {world.__file__} "
+             "--set principles.batch_size=4 --set responses.batch_size=4 --set generator.batch_size=4 "
+             "--set generator.epochs=2 --set policy.batch_size=4")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    began = time.time()
+    process = start(whole, words)
+    process.join()
+    assert process.exitcode == 0, Path(f"{whole}.log").read_text()[-2000:]
+    ends = [began] + [(whole / file).stat().st_mtime for file in OUTPUTS]
+    hits = []
+    for stage, file in enumerate(OUTPUTS):
+        for _ in range(kills):
+            process = start(killed, words)
+            delay = rng.random() * (ends[stage + 1] - ends[stage])
+            if file.endswith("config.json"):        # a training: among its steps, behind a checkpoint
+                ready = killed / Path(file).parent.with_suffix(".partial") / "checkpoint.pt"
+                delay /= 4
+            else:
+                ready = [tmp_path, *(killed / name for name in OUTPUTS)][stage]
+            while process.is_alive() and not ready.exists():
+                time.sleep(0.001)
+            time.sleep(delay)
+            process.kill()
+            process.join()
+            if process.exitcode:                                # it had not come to its end just now
+                assert process.exitcode == -9, Path(f"{killed}.log").read_text()[-2000:]
+                hits.append(first_missing(killed))
+            for partial in killed.glob("*.jsonl.partial"):      # its last lines are torn
+                os.truncate(partial, max(0, partial.stat().st_size - rng.randrange(1000)))
+    process = start(killed, words)
+    process.join()
+    assert process.exitcode == 0, Path(f"{killed}.log").read_text()[-2000:]
+    print("killed before the end of", hits, "seed", seed)
+    assert len(hits) >= 0.9 * kills * len(OUTPUTS) - 1 and len(set(hits)) >= 6, hits
+    expected, found = results(whole), results(killed)
+    assert found.keys() == expected.keys() and len(expected) > 40
+    assert [name for name in expected if found[name] != expected[name]] == [], (hits, seed)

@@ -1,0 +1,108 @@
+"""An arm of an experiment: steps 3 and 4 by one objective, with its loss and its settings.
+
+    generator-sso/  pairs-sso.jsonl         step 3, and the sampling of step 4
+    policy/  answers.jsonl  report.json     step 4, and what it gave: {name of the arm: measures}
+
+What is complete is not made again. Beside each output, OUT.costs.json has what its step took.
+lab/study.py runs arms in the toy world, lab/real.py on real weights.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import eval as evaluation
+import generate
+import sso
+import train
+from lab import results
+from plumbing.recipes import change
+from plumbing.records import read_jsonl, write_text
+from run import measured
+
+
+class Start(NamedTuple):
+    """What arms share."""
+    policy: Path
+    heldout: Path               # held-out queries
+    answers: Path               # of the base model to them; win rates are over these
+    grader: Path
+    responses: Path = None      # of the policy, by steps 1 and 2
+
+
+def timed(step, source, data, out, *arguments):
+    """A step that writes OUT. Seconds and peak memory of the command that began it go to
+    OUT.costs.json."""
+    costs = Path(f"{out}.costs.json")
+    results.begin_peak()
+    began = time.time()
+    step(source, data, out, *arguments)
+    if not costs.exists():
+        write_text(costs, json.dumps({"seconds": time.time() - began,
+                                      "peak bytes": results.peak_bytes()}))
+
+
+def begin(writer, queries, policy, folder, recipe):
+    """Steps 1 and 2 in a folder: principles by WRITER, a chat model or a file of them, and the
+    policy's responses. Returns the file of these."""
+    write = generate.principles
+    if Path(writer).is_file():
+        write = generate.written
+    principles = folder / "principles.jsonl"
+    timed(write, writer, queries, principles, recipe)
+    responses = folder / "responses.jsonl"
+    timed(generate.responses, policy, principles, responses, recipe)
+    return responses
+
+
+def generators(objective):
+    """The generators of an arm: {objective: roles that it answers in}."""
+    if objective == "two":      # one for each of L+ and L-, as the paper's Limitations suggest
+        return {"plus": ("good",), "minus": ("bad",)}
+    if sso.trains_generator(objective):
+        return {objective: ("good", "bad")}
+    return {}
+
+
+def make_pairs(objective, start, out, recipe):
+    """Step 3, and the sampling of step 4. Returns the file of the policy's pairs: its own responses
+    if the arm has no generator."""
+    pairs = start.responses
+    for name, roles in generators(objective).items():
+        own = change(recipe, generator={"objective": name})
+        generator = out / f"generator-{name}"
+        timed(train.generator, start.policy, start.responses, generator, own)
+        source = pairs
+        pairs = out / f"pairs-{name}.jsonl"
+        timed(generate.responses, generator, source, pairs, own, roles)
+    return pairs
+
+
+def measure(name, model, start, out, recipe, pairs=None):
+    """A model's plain answers to held-out queries. Writes and returns OUT/report.json: measures of
+    these, and of the pairs that the model was trained on."""
+    answers = out / "answers.jsonl"
+    timed(generate.responses, model, start.heldout, answers, recipe, ("original",))
+
+    def measures(critic, limit):
+        row = evaluation.measure_answers({"base": start.answers, name: answers}, critic)[name]
+        if pairs:
+            row |= evaluation.measure_pairs(pairs, start.policy, critic, recipe,
+                                            recipe["policy"]["objective"])
+            last = read_jsonl(model / "log.jsonl", needs=())[-1]
+            row["policy's p(original)"] = last.get("p(original)")       # None: pairs without yo
+        return {name: row}
+
+    inputs = {"model": model, "answers": answers}
+    return measured(out / "report.json", {"grader": start.grader}, inputs, recipe, measures)
+
+
+def run_arm(name, objective, start, out, recipe, shared=None):
+    """Run an arm, and return its report. Its objective is a row of `sso.PAIRS`, or "two". Arms that
+    differ in their policy alone may share the folder of generator and pairs."""
+    if not generators(objective):
+        recipe = change(recipe, policy={"objective": objective})
+    pairs = make_pairs(objective, start, shared or out, recipe)
+    timed(train.policy, start.policy, pairs, out / "policy", recipe)
+    return measure(name, out / "policy", start, out, recipe, pairs)

@@ -1,0 +1,124 @@
+"""Files as people have them: read as they are, or refused with the line of Python that makes them fit."""
+
+
+import pytest
+
+import sso
+from conftest import make_checkpoint, write_jsonl
+from plumbing.examples import read_examples
+from plumbing.models import inspect_chat
+from plumbing.records import UserError, as_lines, read_jsonl, read_queries
+
+Q, GOOD, BAD = "Name one animal.", "A dog.", "No idea."
+
+
+def turn(role, content, **others):
+    return {"role": role, "content": content, **others}
+
+
+def said(prompt, answer, **others):
+    return [turn("user", prompt, **others), turn("assistant", answer, **others)]
+
+
+SYSTEM = [turn("system", "Be brief.")]
+PAIRS = {   # a record of each of the sets that people use, by its columns; made by hand -> its system message
+    "UltraFeedback, binarized": ({"prompt": Q, "prompt_id": "x", "chosen": said(Q, GOOD), "rejected": said(Q, BAD),
+                                  "messages": said(Q, GOOD), "score_chosen": 8.0, "score_rejected": 3.0}, None),
+    "UltraFeedback, cleaned": ({"source": "s", "prompt": Q, "chosen": said(Q, GOOD), "chosen-rating": 5.0,
+                                "rejected": said(Q, BAD), "rejected-rating": 2.0}, None),
+    "Orca pairs": ({"system": "Be brief.", "question": Q, "chosen": GOOD, "rejected": BAD}, "Be brief."),
+    "Orca pairs, distilabel": ({"system": "", "input": Q, "chosen": GOOD, "rejected": BAD, "status": "tie"}, None),
+    "Skywork": ({"chosen": said(Q, GOOD), "rejected": said(Q, BAD), "source": "s"}, None),
+    "Tulu 3": ({"id": "1", "source": "s", "prompt": Q, "chosen": said(Q, GOOD), "rejected": said(Q, BAD),
+                "chosen_model": "m"}, None),
+    "OLMo 2": ({"chosen": said(Q, GOOD), "rejected": said(Q, BAD), "chosen_model": "m", "id": "1"}, None),
+    "Magpie": ({"uuid": "u", "instruction": Q, "responses": [GOOD, BAD], "chosen": said(Q, GOOD), "rejected": said(Q, BAD),
+                "gen_input_configs": {"temperature": 1.0}}, None),
+    "a column of messages": ({"messages": said(Q, GOOD), "chosen": GOOD, "rejected": BAD}, None),
+    "a system column": ({"system": "Be brief.", "prompt": Q, "chosen": said(Q, GOOD), "rejected": said(Q, BAD)}, "Be brief."),
+    "system in both responses": ({"prompt": Q, "chosen": SYSTEM + said(Q, GOOD), "rejected": SYSTEM + said(Q, BAD)},
+                                 "Be brief."),
+    "implicit prompt with a system message": ({"chosen": SYSTEM + said(Q, GOOD), "rejected": SYSTEM + said(Q, BAD)},
+                                              "Be brief."),
+    "other keys in messages": ({"prompt": Q, "chosen": said(Q, GOOD, name=None), "rejected": said(Q, BAD, weight=0)}, None),
+    "parts": ({column: [turn(role, [{"type": "text", "text": text[:3]}, {"type": "text", "text": text[3:]}])] for column, role,
+               text in (("prompt", "user", Q), ("chosen", "assistant", GOOD), ("rejected", "assistant", BAD))}, None),
+    "a message alone": ({"prompt": turn("user", Q), "chosen": turn("assistant", GOOD), "rejected": turn("assistant", BAD)},
+                        None),
+    "null in columns nobody uses": ({"prompt": Q, "chosen": GOOD, "rejected": BAD, "original": None, "messages": None}, None),
+}
+REFUSED = {     # -> what the sentence says; the line of Python in it, if there is one, makes the record fit
+    "HH": ({"chosen": f"\n\nHuman: {Q}\n\nAssistant: {GOOD}", "rejected": f"\n\nHuman: {Q}\n\nAssistant: {BAD}"}, "HH-RLHF"),
+    "Nectar": ({"prompt": Q, "answers": [{"answer": BAD, "rank": 2}, {"answer": GOOD, "rank": 1}]}, "Nectar"),
+    "SafeRLHF": ({"prompt": Q, "response_0": BAD, "response_1": GOOD, "better_response_id": 1}, "PKU-SafeRLHF"),
+    "HelpSteer3": ({"context": [turn("user", Q)], "response1": GOOD, "response2": BAD, "overall_preference": -2},
+                   "HelpSteer3"),
+    "ShareGPT": ({"conversations": [{"from": "human", "value": Q}], "chosen": GOOD, "rejected": BAD}, "ShareGPT"),
+}
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return inspect_chat(make_checkpoint(tmp_path_factory.mktemp("formats") / "model", "qwen3"))
+
+
+def assert_reads(record, system, chat, tmp_path):
+    """It is the pair that it stands for, in every token; and what is read, written and read again is the same."""
+    path = write_jsonl(tmp_path / "d.jsonl", [record])
+    [[pair]], _ = read_examples(path, "policy", chat, 4096)
+    messages = [turn("system", system)] * bool(system) + [turn("user", Q)]
+    assert pair.prompt == sso.encode_prompt(chat.tokenizer, messages)
+    assert [chat.tokenizer.decode(ids) for ids in pair[1:]] == [f"{text}<|im_end|>" for text in (GOOD, BAD)]
+    records = read_jsonl(path)
+    path.write_text(as_lines(records), encoding="utf-8")
+    assert read_jsonl(path) == records
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_preference_file_of_the_hub_works_as_it_is(name, chat, tmp_path):
+    assert_reads(*PAIRS[name], chat, tmp_path)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_format_that_does_not_fit_is_refused_with_the_line_that_makes_it_fit(name, chat, tmp_path):
+    record, sign = REFUSED[name]
+    path = write_jsonl(tmp_path / "d.jsonl", [record])
+    with pytest.raises(UserError, match=f"line 1: .*{sign}.*; for each record r: ") as error:
+        read_examples(path, "policy", chat, 4096)
+    assert "\n" not in str(error.value)
+    line = str(error.value).partition("for each record r: ")[2].partition("   (")[0]
+    scope = {"r": record}
+    for part in line.replace("; for c in", "\nfor c in").split("\n"):
+        exec(part, scope)
+    assert_reads(scope["r"], None, chat, tmp_path)
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"prompt": Q, "response": GOOD, "helpfulness": 4}, "HelpSteer; .*ratings"),
+    ({"prompt": [turn("user", [{"type": "image_url"}])], "chosen": GOOD, "rejected": BAD}, "part of type 'image_url'"),
+    ({"prompt": said(Q, GOOD), "chosen": GOOD, "rejected": BAD}, "'prompt' is of the assistant; a prompt ends with the user"),
+    ({"prompt": Q, "chosen": {"from": "gpt", "value": GOOD}, "rejected": BAD}, "ShareGPT: rename"),
+    ({"prompt": Q, "chosen": None, "rejected": BAD}, "a record without 'chosen'"),
+    ({"prompt": Q, "chosen": said("Other?", GOOD), "rejected": BAD}, "before the last one of 'chosen' are not the prompt"),
+])
+def test_what_cannot_be_a_pair_is_one_line(record, message, chat, tmp_path):
+    with pytest.raises(UserError, match=f"d.jsonl, line 1: .*{message}"):
+        read_examples(write_jsonl(tmp_path / "d.jsonl", [record]), "policy", chat, 4096)
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"instruction": Q, "input": "", "output": GOOD}, None),                                            # Alpaca
+    ({"instruction": Q, "context": "", "response": GOOD, "category": "qa"}, None),                      # Dolly
+    ({"conversation": said(Q, GOOD, country="x"), "language": "English"}, None),                        # WildChat
+    ({"messages": said(Q, GOOD)}, None), ({"prompt": Q, "chosen": None, "rejected": 7}, None),
+    ({"instruction": Q, "context": "Animals: cow."}, "an 'context' beside 'instruction': join them"),
+    ({"conversation": said(Q, GOOD) + said("And two?", "Cows.")}, "a query is one user message"),
+    ({"conversations": [{"from": "human", "value": Q}]}, "ShareGPT"),
+])
+def test_queries_as_people_have_them(record, message, tmp_path):
+    path = write_jsonl(tmp_path / "q.jsonl", [record])
+    if message is None:
+        assert [record["prompt"] for record in read_queries(path)] == [[turn("user", Q)]]
+        return
+    with pytest.raises(UserError, match=f"q.jsonl, line 1: .*{message}"):
+        read_queries(path)
