@@ -14,11 +14,10 @@ use is replaced by a fixed one.
 """
 
 import random
-from collections import Counter
 
 import sso
 from plumbing import command, sampling
-from plumbing.examples import teaches_nothing
+from plumbing.examples import print_counts
 from plumbing.outputs import Output, grow
 from plumbing.principles import check_form, in_one_answer, in_two_stages, with_principles
 from plumbing.recipes import stage_settings
@@ -42,6 +41,7 @@ def principles(model, queries, out, recipe, server=None):
         return
     asked = [sso.principle_messages(record["prompt"][0]["content"], prompts) for record in records]
     chat = load_sampler(model, server, probes=asked[:1])
+    sampling.check_context(chat, asked, queries)
     output.write_note()
 
     write = in_one_answer if server else in_two_stages
@@ -52,9 +52,7 @@ def principles(model, queries, out, recipe, server=None):
         return [with_principles(records[i], *pair, prompts) for i, pair in zip(batch, pairs)], tokens
 
     made = grow(out, records, make, *sampling.sizes(chat, settings))
-    faults = Counter(record["fallback"] for record in made if record["fallback"])
-    print(f"{out}: {len(made)} queries; with the fixed pair of principles: "
-          f"{dict(faults) or 'none'}")
+    print_counts(out, made)
     for record in made[:3]:
         print(f"\n  query {record['prompt'][0]['content']}\n  good  {record['good_principle']}\n"
               f"  bad   {record['bad_principle']}")
@@ -121,6 +119,8 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
         print(f"{out}: complete")
         return
     chat = load_sampler(model, server, probes=[messages[role][0] for role in roles])
+    for role in roles:
+        sampling.check_context(chat, messages[role], principles)
     output.write_note()
 
     def make(batch):
@@ -140,10 +140,7 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
         return list(made.values()), tokens
 
     made = grow(out, records, make, *sampling.sizes(chat, settings))
-    if {"good", "bad"} <= set(roles):
-        reasons = [teaches_nothing(sso.preference_pairs(record, "policy")) for record in made]
-        skipped = Counter(reason for reason in reasons if reason)
-        print(f"{out}: {len(made)} pairs; skipped in training: {dict(skipped) or 'none'}")
+    print_counts(out, made)
 
 
 if __name__ == "__main__":

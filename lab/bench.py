@@ -27,11 +27,11 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 import sso
 import train
 from lab import results, trl_generator
-from plumbing import command, fast
-from plumbing.models import Chat, autocast, device, load_chat
+from plumbing import command, fast, sampling
+from plumbing.models import Chat, autocast, device, load_chat, precision
 from plumbing.plaintext import PlainText
+from plumbing.recipes import stage_settings
 from plumbing.records import read_queries
-from plumbing.sampling import load_sampler, sample
 from plumbing.scoring import score
 from plumbing.tables import print_table
 from toy import world
@@ -59,33 +59,23 @@ def random_chat(shape, layers=None):
                 context=32_768, window=0, pair_logps=fast.pair_logps)
 
 
-def workload(n, chat, seed=0):
-    """n examples of the generator, of random tokens, in realistic lengths: query 50-400 tokens,
-    principle 100-200, response log-normal of mean 250 and standard deviation 200."""
-    rng = random.Random(seed)
+def workload(n, chat):
+    """n examples of the generator, of random tokens: prompts of 150 to 600 tokens, responses of 50
+    to 450."""
+    rng = random.Random(0)
 
-    def text(length):
-        return rng.choices(range(chat.model.config.vocab_size), k=round(length))
+    def text(least, most):
+        return rng.choices(range(chat.model.config.vocab_size), k=rng.randint(least, most))
 
     examples = []
     for _ in range(n):
-        query = text(rng.uniform(50, 400))
-        good, bad = [text(rng.uniform(100, 200)) + query for _ in range(2)]
-        chosen, rejected, original = [text(rng.lognormvariate(5.274, 0.7034)) for _ in range(3)]
-        examples.append([sso.Pair(good, chosen, rejected), sso.Pair(bad, original, chosen)])
+        y_good = text(50, 450)
+        examples.append([sso.Pair(text(150, 600), winner=y_good, loser=text(50, 450)),      # L+
+                         sso.Pair(text(150, 600), winner=text(50, 450), loser=y_good)])     # L-
     return examples
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
-
-def timed(run):
-    """[seconds, seconds of the processor] of a run."""
-    began = time.perf_counter(), time.process_time()
-    run()
-    if CUDA:
-        torch.cuda.synchronize()
-    return [time.perf_counter() - began[0], time.process_time() - began[1]]
-
 
 def peak_memory(run):
     """GiB at the peak of a run above those before it."""
@@ -109,7 +99,12 @@ def measure(works, repeats):
     times = {name: [] for name in works}
     for _ in range(repeats):
         for name, run in works.items():
-            times[name].append(timed(run))
+            began = time.perf_counter()
+            cpu_began = time.process_time()
+            run()
+            if CUDA:
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - began, time.process_time() - cpu_began))
     for name, row in rows.items():
         row["s"], row["CPU-s"] = map(statistics.median, zip(*times[name]))
         row["ratio"] = row[CLOCK] / next(iter(rows.values()))[CLOCK]
@@ -121,7 +116,9 @@ def measure(works, repeats):
 def library_logps(hidden, head, targets):
     """`fast.token_logps` by torch, 2.13 or later."""
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=fast.CHUNK)
-    return -F.linear_cross_entropy(hidden, head, targets, reduction="none", options=options)
+    dtype = precision()                 # autocast does not know this function
+    return -F.linear_cross_entropy(hidden.to(dtype), head.to(dtype), targets, reduction="none",
+                                   options=options).float()
 
 
 def by_library(*batch):
@@ -167,7 +164,7 @@ def make_trl_step(chat, examples, settings, optimizer):
     import trl.trainer.utils
     trl.trainer.utils._use_triton = lambda device: True     # or it scores all positions, on a CPU
     trainer = trl_generator.make_trainer(chat, trl_generator.make_rows(examples), config, settings)
-    batches = trainer.get_train_dataloader()
+    batches = list(trainer.get_train_dataloader())
     trainer.current_gradient_accumulation_steps = len(batches)
 
     def backward(*_):
@@ -196,44 +193,39 @@ def forms(chat, examples):
 
 # ---- Sampling ------------------------------------------------------------------------------------
 
-def ours(chat, chats, settings):
-    """Responses to a batch of chats."""
-    return [response.text for response in sample(chat, chats, map(str, chats), settings).responses]
-
-
-def library(chat, chats, settings):
-    """`ours` by transformers' `generate`."""
-    tokenizer = chat.tokenizer.tokenizer
-    tokenizer.padding_side = "left"
-    batch = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True,
-                                          return_tensors="pt", return_dict=True).to(device)
+def by_generate(settings, chat, prompts, *others):
+    """`sampling.decode` by transformers' `generate`, which samples by the settings."""
+    batch = chat.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    temperature = settings["temperature"]
     config = GenerationConfig(
-        max_new_tokens=settings["max_new_tokens"], do_sample=settings["temperature"] > 0,
-        temperature=settings["temperature"] or 1.0, top_p=settings["top_p"], top_k=0,
-        eos_token_id=chat.stop_ids, pad_token_id=chat.pad_id)
-    found = chat.model.generate(**batch, generation_config=config)
-    return tokenizer.batch_decode(found[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
+        max_new_tokens=settings["max_new_tokens"], do_sample=temperature > 0, top_k=0,
+        temperature=temperature or 1.0, top_p=settings["top_p"], eos_token_id=chat.stop_ids,
+        pad_token_id=chat.pad_id)
+    found = chat.model.generate(**batch.to(device), generation_config=config)
+    answers = []
+    for ids in found[:, batch.input_ids.shape[1]:].tolist():
+        ends = [i + 1 for i, token in enumerate(ids) if token in chat.stop_ids]
+        answers.append(ids[:min(ends, default=len(ids))])
+    return answers
 
 
-def in_batches(function, chat, chats, settings):
-    """Responses to all chats, in the batches of generate.py."""
+def respond(chat, chats, settings, decode=sampling.decode):
+    """Responses to all chats, in batches."""
     size = settings["batch_size"]
     responses = []
-    for start in range(0, len(chats), size):
-        responses += function(chat, chats[start:start + size], settings)
+    with mock.patch.object(sampling, "decode", decode):
+        for start in range(0, len(chats), size):
+            batch = chats[start:start + size]
+            responses += sampling.sample(chat, batch, map(str, batch), settings).responses
     return responses
 
 
 def sampling_works(chat, chats, settings):
-    """{name: function}: sampling and greedy choice. Ours has the longest chats first, as in
-    plumbing/outputs.py."""
+    """{name: function}. Ours has the longest chats first, as in plumbing/outputs.py."""
     longest_first = sorted(chats, key=lambda messages: -len(str(messages)))
-    works = {}
-    for name, temperature in (("sampling", settings["temperature"]), ("greedy", 0.0)):
-        changed = settings | {"temperature": temperature}
-        works[name] = partial(in_batches, ours, chat, longest_first, changed)
-        works[f"{name}, transformers"] = partial(in_batches, library, chat, chats, changed)
-    return works
+    peer = partial(by_generate, settings)
+    return {"sampling": partial(respond, chat, longest_first, settings),
+            "sampling, generate": partial(respond, chat, chats, settings, peer)}
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -246,13 +238,15 @@ def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 
     """Measure, and print a table."""
     if vs == "transformers":
         chats = [record["prompt"] for record in read_queries("data/queries.jsonl")[:answers]]
-        works = sampling_works(load_sampler(model), chats, recipe["responses"])
+        works = sampling_works(sampling.load_sampler(model), chats, recipe["responses"])
     else:
         chat = load_chat(model, "fast") if model else random_chat("Qwen2.5-0.5B", layers)
-        works = training_works(chat, workload(queries, chat), recipe["generator"], vs)
-    if memory:
-        ids = [i % chat.model.config.vocab_size for i in range(1500)]
-        works = forms(chat, [[sso.Pair(ids, ids[:500], ids[1000:])]])
+        if memory:
+            ids = [i % 400 for i in range(1500)]
+            works = forms(chat, [[sso.Pair(ids, ids[:500], ids[1000:])]])
+        else:
+            settings = stage_settings(recipe, "generator")
+            works = training_works(chat, workload(queries, chat), settings, vs)
     rows = measure(works, repeats)
     print(f"{model}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print_table(rows, COLUMNS)

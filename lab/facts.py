@@ -14,9 +14,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from plumbing import cli, files
+from plumbing import command
+from plumbing.recipes import load_toml
+from plumbing.records import UserError, as_lines, write_text
 
-WORLD = cli.load_toml(Path(__file__).with_suffix(".toml"))
+WORLD = load_toml(Path(__file__).with_suffix(".toml"))
 KINDS = WORLD["kinds"]
 PHRASINGS = 3               # ways to ask of each kind
 HELDOUT = 0.2               # share of each kind's facts
@@ -57,7 +59,7 @@ for kind in KINDS:
 def parse(text):
     """The `Fact` that a query's text asks for; UserError if it is none of this world."""
     if text.strip() not in QUERIES:
-        raise files.UserError(f"{text[:60]!r} is not a query of lab/facts.toml")
+        raise UserError(f"{text[:60]!r} is not a query of lab/facts.toml")
     return QUERIES[text.strip()]
 
 
@@ -126,8 +128,8 @@ def write_world(out, world, parse, texts, count, long, seed):
         for text in chosen:
             principles.append(write_principles(text, world, parse(text).kind, long, seed))
         records = [{"prompt": text} for text in chosen]
-        files.write_text(f"{out}/{name}.jsonl", files.as_lines(records))
-    files.write_text(f"{out}/principles.jsonl", files.as_lines(principles))
+        write_text(f"{out}/{name}.jsonl", as_lines(records))
+    write_text(f"{out}/principles.jsonl", as_lines(principles))
 
 
 def make_queries(seed=0):
@@ -149,10 +151,10 @@ def make_queries(seed=0):
     return {"queries": queries, "heldout": [ask(fact, i) for i, fact in enumerate(held)]}
 
 
-def write(out: Path, count: int = 10**6, long: int = 0, seed: int = 0):
+def write(out, count: int = 10**6, long: int = 0, seed: int = 0):
     """Write `count` queries, as many held out, or all, and principles: short ones, or long."""
     write_world(out, WORLD, parse, make_queries(seed), count, long, seed)
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("write", write, []))
+    command.run(__doc__, write)

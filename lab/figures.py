@@ -63,7 +63,6 @@ def figure3(rows, axes):
         points.append((x, y["mean"]))
     if len(points) > 1:
         axes.annotate("", points[1], points[0], arrowprops={"arrowstyle": "->"})
-    axes.margins(0.15)
     axes.legend()
     axes.set(title="Quality of the pairs (Figure 3)", ylabel="accuracy of the pairs",
              xlabel="average probability of both responses under the policy")

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab import facts
-from plumbing import cli, files
+from plumbing import command
+from plumbing.recipes import load_toml
+from plumbing.records import UserError
 
-WORLD = cli.load_toml(Path(__file__).with_suffix(".toml"))
+WORLD = load_toml(Path(__file__).with_suffix(".toml"))
 KINDS = WORLD["kinds"]
 QUESTIONS = WORLD["questions"].strip().split("\n")
 HELDOUT = 20                # questions
@@ -45,7 +47,7 @@ def parse(text):
     question, mark, demand = text.strip().partition("? ")
     question += mark.strip()
     if question not in QUESTIONS or demand not in DEMANDS:
-        raise files.UserError(f"{text[:60]!r} is not a query of lab/form.toml")
+        raise UserError(f"{text[:60]!r} is not a query of lab/form.toml")
     return Query(question, demand, *DEMANDS[demand])
 
 
@@ -89,10 +91,10 @@ def make_queries(seed=0):
             "heldout": combine(questions[:HELDOUT], HELDOUT_TURNS, rng)}
 
 
-def write(out: Path, count: int = 10**6, long: int = 0, seed: int = 0):
+def write(out, count: int = 10**6, long: int = 0, seed: int = 0):
     """Write `count` queries, as many held out, or all, and principles: short ones, or long."""
     facts.write_world(out, WORLD, parse, make_queries(seed), count, long, seed)
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("write", write, []))
+    command.run(__doc__, write)

@@ -3,10 +3,9 @@
     python -m lab.mixed --out runs/mixed [--count 128] [--seed 0]
 """
 
-from pathlib import Path
-
 from lab import facts, form
-from plumbing import cli, files
+from plumbing import command
+from plumbing.records import as_lines, write_text
 
 
 def grade(query, response, finished=True):
@@ -16,7 +15,7 @@ def grade(query, response, finished=True):
     return form.grade(query, response, finished)
 
 
-def write(out: Path, count: int = 128, seed: int = 0):
+def write(out, count: int = 128, seed: int = 0):
     """Write queries.jsonl and heldout.jsonl: in turns a query of each, `count` of each at most."""
     worlds = [facts.make_queries(seed), form.make_queries(seed)]
     for name in ("queries", "heldout"):
@@ -24,8 +23,8 @@ def write(out: Path, count: int = 128, seed: int = 0):
         for pair in list(zip(*[world[name] for world in worlds]))[:count]:
             texts += pair
         records = [{"prompt": text} for text in texts]
-        files.write_text(f"{out}/{name}.jsonl", files.as_lines(records))
+        write_text(f"{out}/{name}.jsonl", as_lines(records))
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("write", write, []))
+    command.run(__doc__, write)

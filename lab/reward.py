@@ -60,7 +60,7 @@ def pair_rewards(model, examples, pad_id):
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id).to(model.device)
     rewards = model(input_ids=input_ids, use_cache=False).logits                        # (2B, 1)
     rewards = rewards.view(1, -1, 2).permute(2, 0, 1)                                   # (2, 1, B)
-    return rewards, torch.ones_like(rewards)
+    return rewards, torch.ones_like(rewards, dtype=torch.long)
 
 
 def train(files, model, out, recipe):

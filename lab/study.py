@@ -104,8 +104,8 @@ def run_row(row, cell, start, folder, recipe, rounds):
     if row in STUDY["rewards"]:
         recipe = change(recipe, reward=grid["reward"][second])
         reward.train([folder / data for data in STUDY["rewards"][row]], start.policy, out, recipe)
-        heldout = folder / "graded-heldout" / "responses.jsonl"
-        return {row: reward.accuracies(out, heldout, recipe)["all"]}
+        found = reward.accuracies(out, folder / "graded-heldout/responses.jsonl", recipe)
+        return {row: found["all"]}
     arm, _, source = row.split()[0].partition("@")
     loss = dict(STUDY["arms"][arm])
     objective = loss.pop("objective")
@@ -121,15 +121,15 @@ def run_row(row, cell, start, folder, recipe, rounds):
 
 def run_rounds(arm, objective, start, out, recipe, rounds):
     """An arm over several rounds. Each has fresh queries, and starts from the policy before."""
-    seed = recipe["run"]["seed"]
-    folders = [out / str(number) for number in range(1, rounds + 1)]
-    write_queries(out, folders, *world.make_records(seed, rounds), {"seed": seed}, {})
     base = start.policy         # it writes the principles of all rounds
     report = {}
-    for folder in folders:
+    for number in range(1, rounds + 1):
+        folder = out / str(number)
         queries = folder / "queries.jsonl"
+        records, _ = world.make_records(recipe["run"]["seed"], number)
+        write_text(queries, as_lines(records[-world.QUERIES:]))         # the last round's
         start = start._replace(responses=arms.begin(base, queries, start.policy, folder, recipe))
-        report |= arms.run_arm(f"{arm} {folder.name}", objective, start, folder, recipe)
+        report |= arms.run_arm(f"{arm} {number}", objective, start, folder, recipe)
         start = start._replace(policy=folder / "policy")
     return report
 
@@ -166,7 +166,7 @@ def means_of(report):
     rows = {}
     for row, cells in report.items():
         rows[row] = {column: cell["mean"] for column, cell in cells.items()
-                     if isinstance(cell, dict)}
+                     if isinstance(cell, dict) and "mean" in cell}
     return rows
 
 
@@ -227,10 +227,10 @@ def print_tables(runs, rounds):
 # ---- Commands ------------------------------------------------------------------------------------
 
 def run(seeds: int = 5, rounds: int = 0, base=None, out: Path = Path("runs/study")):
-    """Run the study and print its tables. The seeds of the search are left out."""
-    numbers = [seed for seed in range(seeds + 9) if seed not in STUDY["search_seeds"]][:seeds]
+    """Run the study on its first seeds, and print its tables."""
     cells = list((STUDY["best"] | STUDY["default"]).items())
-    runs = [dict(ChainMap(*reports)) for reports in run_seeds(numbers, out, base, cells, rounds)]
+    reports = run_seeds(STUDY["seeds"][:seeds], out, base, cells, rounds)
+    runs = [dict(ChainMap(*of_seed)) for of_seed in reports]
     results.write(out / "study.json", rounds=rounds, runs=runs)
     tables(out / "study.json")
 
@@ -244,14 +244,14 @@ def tables(results_file="results/study.json"):
 def search(base=None, out: Path = Path("runs/study")):
     """Run every row in all cells of the grid, and print its best one over the seeds: by mean
     quality, of reward models accuracy. Arms over rounds keep their best generator."""
-    generators, policies = (range(len(STUDY["grid"][stage])) for stage in ("generator", "policy"))
+    grid = STUDY["grid"]
     cells = []
     for row, best in STUDY["best"].items():
         firsts = best[:1]
         arm = STUDY["arms"].get(row.split("@")[0])
         if arm and arms.generators(arm["objective"]):
-            firsts = generators
-        cells += product([row], product(firsts, policies))
+            firsts = range(len(grid["generator"]))
+        cells += product([row], product(firsts, range(len(grid["policy"]))))
     of_seeds = run_seeds(STUDY["search_seeds"], out, base, cells, STUDY["search_rounds"])
     rows = {}
     for number, (row, cell) in enumerate(cells, 1):         # 0 is the base model

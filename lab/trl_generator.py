@@ -8,6 +8,7 @@ ends responses that were cut off. Loss, gradient, order and learning rate are th
 Where the processes cannot share an epoch equally, a few of its first pairs fill up its last batch.
 """
 
+import contextlib
 import os
 import shutil
 from importlib.util import find_spec
@@ -17,10 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import sso
 import train
-from plumbing import cli, files
-from plumbing.chat import device, load_chat
-from plumbing.checkpoint import publish
-from plumbing.files import UserError
+from plumbing import command
+from plumbing.models import device, load_chat
+from plumbing.recipes import stage_settings
+from plumbing.records import UserError, as_lines, write_text
 
 LOSS_TYPES = {"dpo": "sigmoid", "ipo": "ipo"}       # base losses: TRL's names of them
 LOG_NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr",       # TRL's: ours
@@ -30,15 +31,17 @@ LOG_NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr",   
 
 def make_config(out, settings):
     """Our settings as TRL's. A row of its data, and a micro-batch, is one pair."""
+    if find_spec("trl") is None:
+        raise UserError("TRL is not installed: pip install trl==1.16.0")
     from trl import DPOConfig
-    base_loss, objective = settings["base_loss"], settings["objective"]
-    if base_loss not in LOSS_TYPES or objective == "joint":
-        raise UserError(f"TRL does not have --objective {objective} with --base-loss {base_loss}")
-    pairs_a_query = len(sso.PAIRS[objective])
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    base_loss = settings["base_loss"]
+    if base_loss not in LOSS_TYPES:
+        raise UserError(f"TRL does not have the base loss {base_loss}")
+    pairs_a_query = len(sso.PAIRS[settings["objective"]])
     pairs_a_step = settings["batch_size"] * pairs_a_query
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     if pairs_a_step % processes:
-        raise UserError(f"--batch-size {settings['batch_size']}: {processes} processes cannot "
+        raise UserError(f"batch_size = {settings['batch_size']}: {processes} processes cannot "
                         f"share {pairs_a_step} pairs equally")
     return DPOConfig(
         out, per_device_train_batch_size=1, max_length=None, precompute_ref_log_probs=True,
@@ -52,18 +55,26 @@ def make_config(out, settings):
         use_cache=True, logging_steps=1, save_strategy="no", report_to="none")
 
 
-class Order:
-    """A sampler: the rows of a pass over the data in the order of train.py, anew in each epoch."""
+def make_rows(examples):
+    """A data set with a row for each pair."""
+    from datasets import Dataset
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return Dataset.from_list([dict(zip(names, pair)) for pair in sum(examples, [])])
 
-    def __init__(self, n_rows, pairs_a_query, settings):
-        self.n_rows, self.pairs_a_query = n_rows, pairs_a_query
-        n_examples = n_rows // pairs_a_query
+
+class Order:
+    """A sampler: the rows of a pass over the data in the order of train.py, another one in each
+    epoch."""
+
+    def __init__(self, rows, settings):
+        self.rows = rows
+        self.pairs_a_query = len(sso.PAIRS[settings["objective"]])
+        n = len(rows) // self.pairs_a_query
         # One batch of everything is an epoch.
-        self.epochs = iter(train.make_batches(n_examples, n_examples, settings["epochs"],
-                                              settings["seed"]))
+        self.epochs = iter(train.make_batches(n, n, settings["epochs"], settings["seed"]))
 
     def __len__(self):
-        return self.n_rows
+        return len(self.rows)
 
     def __iter__(self):
         for example in next(self.epochs):
@@ -81,7 +92,7 @@ def make_trainer(chat, rows, config, settings):
             return dataset
 
         def _get_train_sampler(self, *args):
-            return Order(len(rows), len(sso.PAIRS[settings["objective"]]), settings)
+            return Order(rows, settings)
 
         def create_scheduler(self, num_training_steps, optimizer=None):
             def share(step):            # of the peak; also asked for behind the last step
@@ -95,44 +106,34 @@ def make_trainer(chat, rows, config, settings):
                    data_collator=DataCollatorForPreference(chat.pad_id))
 
 
-def write_rows(examples, folder):
-    """A row for each pair, on disk: TRL's processes share the log-probs of the reference there."""
-    from datasets import Dataset
-    records = []
-    for example in examples:
-        for prompt, winner, loser in example:
-            records.append({"prompt_ids": prompt, "chosen_ids": winner, "rejected_ids": loser})
-    Dataset.from_list(records).save_to_disk(folder)
-
-
 def trl_train(stage, model, data, out, recipe):
     """`train.train`, by TRL. The first process alone reads the data and writes."""
-    if find_spec("trl") is None:
-        raise UserError("TRL is not installed: pip install trl==1.16.0")
-    from datasets import load_from_disk
-    settings = cli.stage_settings(recipe, stage)
-    config = make_config(out, settings)
-    rows, saving = Path(out, "rows"), Path(out, "saving")
+    settings = stage_settings(recipe, stage)
+    folder = Path(f"{out}.trl")
+    # TRL's processes share the rows, and the log-probs of the reference, on disk.
+    rows, saved = folder / "rows", folder / "model"
+    config = make_config(folder, settings)
     if config.process_index == 0:
-        shutil.rmtree(rows, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         prepared = train.prepare(model, data, out, settings, recipe["prompts"])
         if prepared:
             chat, examples = prepared
-            write_rows(examples, rows)
+            make_rows(examples).save_to_disk(rows)
     config.distributed_state.wait_for_everyone()
     if not rows.exists():                   # OUT is complete
         return
     if config.process_index > 0:
         chat = load_chat(model)
+    from datasets import load_from_disk
     trainer = make_trainer(chat, load_from_disk(rows), config, settings)
     trainer.train()
     if trainer.is_fsdp_enabled:             # which would save a shard of the weights a process
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(saving)
+    trainer.save_model(saved)
     if config.process_index == 0:
-        write_log(trainer.state.log_history, Path(out, "log.jsonl"))
-        publish(saving)
-        shutil.rmtree(rows)
+        write_log(trainer.state.log_history, saved / "log.jsonl")
+        os.replace(saved, out)
+        shutil.rmtree(folder)
 
 
 def write_log(history, path):
@@ -140,19 +141,20 @@ def write_log(history, path):
     lines = []
     for step, row in enumerate(history[:-1]):       # the last row sums the training up
         lines.append({"step": step} | {ours: row[trls] for trls, ours in LOG_NAMES.items()})
-    files.write_text(path, files.as_lines(lines))
+    write_text(path, as_lines(lines))
 
 
-def trl_train_generator(model, data, out: Path, recipe):
+def generator(model, data, out, recipe):
     """Step 3: train the data generator on responses."""
     trl_train("generator", model, data, out, recipe)
 
 
-def trl_train_policy(model, data, out: Path, recipe):
+def policy(model, data, out, recipe):
     """Step 4: train the policy on pairs."""
     trl_train("policy", model, data, out, recipe)
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, ("generator", trl_train_generator, ["generator"]),
-            ("policy", trl_train_policy, ["policy"]))
+    if int(os.environ.get("RANK", 0)) > 0:      # the first process holds OUT for all of them
+        command.locked = contextlib.nullcontext
+    command.run(__doc__, generator, policy)

@@ -5,6 +5,8 @@ from collections import Counter
 import sso
 from plumbing.records import UserError, read_jsonl
 
+CUT_TOO_OFTEN = 0.1
+
 
 def teaches_nothing(pairs):
     """Why the pairs of a record are skipped in training, or None. An equal pair has no gradient."""
@@ -13,6 +15,37 @@ def teaches_nothing(pairs):
     if all(pair.winner.text.strip() == pair.loser.text.strip() for pair in pairs):
         return "chosen equals rejected"
     return None
+
+
+def counts(records):
+    """What of the records of a step a reader should know: {"cut off" by the length limit: shares by
+    role, "skipped" in training: by reason, "principles": by the reason for the fixed pair}."""
+    cut = {}
+    for role, column in sso.COLUMNS.items():
+        finished = [record[f"{column}_finished"] for record in records
+                    if f"{column}_finished" in record]
+        if finished:
+            cut[role] = 1 - sum(finished) / len(finished)
+    skipped = Counter()
+    for record in records:
+        if isinstance(record.get("chosen"), list) and isinstance(record.get("rejected"), list):
+            skipped[teaches_nothing(sso.preference_pairs(record, "policy"))] += 1
+    fixed = Counter(record.get("fallback") for record in records)
+    for found in (skipped, fixed):
+        del found[None]
+    return {"cut off": cut, "skipped": dict(skipped), "principles": dict(fixed)}
+
+
+def print_counts(out, records):
+    """Print the counts of a step that has made some records."""
+    found = counts(records)
+    cut = {role: f"{share:.1%}" for role, share in found["cut off"].items()}
+    print(f"{out}: {len(records)} records; cut off by max_new_tokens: {cut or 'none'}; skipped in "
+          f"training: {found['skipped'] or 'none'}; with the fixed pair of principles: "
+          f"{found['principles'] or 'none'}")
+    if max(found["cut off"].values(), default=0) > CUT_TOO_OFTEN:
+        print("warning: responses are cut off so often that their length limit is learned; raise "
+              "responses.max_new_tokens")
 
 
 def without_end(chat, response):

@@ -121,7 +121,7 @@ def check_messages(column, messages):
     if column != "prompt" and last["role"] != "assistant":
         raise ValueError(f"the last message of {column!r} is of the {last['role']}; a response is "
                          "the assistant's")
-    if any(message["content"].startswith(HH_SIGN) for message in messages):
+    if last["content"].startswith(HH_SIGN):
         raise ValueError(f"{column!r} is in {HH}")
     return messages
 

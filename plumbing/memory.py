@@ -5,6 +5,7 @@ same."""
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import re
 from pathlib import Path
@@ -110,7 +111,7 @@ def plan(chat, examples, settings):
     weights = sum(parameter.nbytes for parameter in chat.model.parameters())
     longest = max(examples, key=padded)
     least = padded(longest)
-    each = 0            # where the setting says how many tokens, nothing is measured
+    each = math.nan     # where the setting says how many tokens, nothing is measured
     if not settings["micro_batch_tokens"]:
         each = token_bytes(chat, longest, settings["recompute_layers"])
     # Weights, gradients, AdamW's two states; gradients of embedding and head; on CUDA also the

@@ -174,6 +174,8 @@ def load_weights(chat, path, dtype=torch.float32, auto_class=AutoModelForCausalL
         torch.set_num_threads(1)
     if device.type == "cuda":
         print(f"{path}: on {torch.cuda.get_device_name()}, matrix products in {precision()}")
+    elif torch.backends.mps.is_available():
+        print(f"{path}: on the CPU: Apple's GPU (MPS) is not used, since nothing was tried on it")
     return chat._replace(model=model.to(device).eval())
 
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import sso
 from plumbing import server as servers
-from plumbing.models import device, inspect_chat, load_weights, precision
+from plumbing.models import Chat, device, inspect_chat, load_weights, precision
 from plumbing.records import UserError
 
 SHARED = 32             # tokens of a common prefix from which on it is read once
@@ -149,6 +149,26 @@ def sizes(chat, settings):
     return settings["batch_size"], 1
 
 
+def encode(chat, messages):
+    """The token ids of a prompt. UserError if the model's context has no room behind it."""
+    ids = sso.encode_prompt(chat.tokenizer, messages)
+    if len(ids) >= chat.context:
+        raise UserError(f"a prompt of {len(ids)} tokens leaves no room in the model's context of "
+                        f"{chat.context}; it ends with {messages[-1]['content'][-60:]!r}")
+    return ids
+
+
+def check_context(chat, prompts, path):
+    """UserError for the first of all prompts that is too long, before anything is written."""
+    for number, messages in enumerate(prompts, 1):
+        may_be_long = isinstance(chat, Chat) and len(str(messages).encode()) > chat.context // 2
+        if may_be_long:
+            try:
+                encode(chat, messages)
+            except UserError as error:
+                raise UserError(f"{path}, record {number}: {error}") from None
+
+
 def sample(chat, prompts, seeds, settings, begun=None, end=None):
     """Sample a response to each of N prompts, lists of chat messages, each with a seed of its own.
     `begun`: texts that the responses go on from, and `end`: a text after which a response is of no
@@ -159,11 +179,7 @@ def sample(chat, prompts, seeds, settings, begun=None, end=None):
         return Sampled(*servers.sample(chat, prompts, seeds, settings))
     encoded = []
     for messages, text in zip(prompts, begun or [""] * len(prompts)):
-        encoded.append(sso.encode_prompt(chat.tokenizer, messages) + chat.tokenizer(text).input_ids)
-        if len(encoded[-1]) >= chat.context:
-            raise UserError(f"a prompt of {len(encoded[-1])} tokens leaves no room in the model's "
-                            f"context of {chat.context}; it ends with "
-                            f"{messages[-1]['content'][-60:]!r}")
+        encoded.append(encode(chat, messages) + chat.tokenizer(text).input_ids)
     randoms = [random.Random(seed) for seed in seeds]
     limit = min(settings["max_new_tokens"], chat.context - max(map(len, encoded)))
 
@@ -171,7 +187,7 @@ def sample(chat, prompts, seeds, settings, begun=None, end=None):
         return draw(logits, [randoms[i] for i in rows], settings["temperature"], settings["top_p"])
 
     def is_over(ids):
-        if ids[-1] in chat.stop_ids or len(ids) == limit:
+        if ids[-1] in chat.stop_ids or len(ids) >= limit:
             return True
         return bool(end) and end in chat.tokenizer.decode(ids).lstrip()
 

@@ -81,23 +81,25 @@ def ask(server, settings, messages, seed):
               "top_p": settings["top_p"], "max_tokens": settings["max_new_tokens"],
               "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
     while True:
+        known = set(server.names)
         try:
             return read(server, server.send(messages, fields))
         except Exception as error:      # of any kind: so are servers
             status = getattr(error, "status_code", None)
-            if status not in (400, 422) or not leave_out(server, error, fields):
+            if status not in (400, 422) or not leave_out(server, error, fields, known):
                 raise fault(server, error, messages) from None
 
 
-def leave_out(server, error, fields):
+def leave_out(server, error, fields, known):
     """Whether a refused request is worth another try: without the field that the server names, or
-    under its other name; else without the field that is not standard."""
-    named = [name for name in fields if re.search(rf"\b{name}\b", str(error))] or ["extra_body"]
-    new = [name for name in named if name not in server.names]
-    for name in new:
+    under its other name; else without the field that is not standard. `known`: what was left out
+    of the request already."""
+    said = f"{error} {error.response.text}"
+    named = {name for name in fields if re.search(rf"\b{name}\b", said)} or {"extra_body"}
+    for name in named - known:
         server.names[name] = RENAMED.get(name)
         server.say(f"it refuses the field {name!r}; in its place: {RENAMED.get(name) or 'nothing'}")
-    return bool(new)
+    return bool(named - known)
 
 
 def read(server, completion):
@@ -170,7 +172,7 @@ def judge_by_text(server, prompts, comparisons):
 
 def named(text):
     """1 if a text names m, 0 if it names M, 0.5 if neither or both."""
-    names = set(re.findall(r"\b[mM]\b", text))
+    names = set(re.findall(r"(?<![\w'’])[mM](?![\w'’])", text))
     if len(names) != 1:
         return 0.5
     return float(names == {"m"})

@@ -58,7 +58,7 @@ for name, text, expected in (
         ("no prompt", '{"text": "a"}', "line 1: a record without a 'prompt'"),
         ("empty prompt", '{"prompt": ""}', "line 1: the last message of 'prompt' is empty"),
         ("blank prompt", '{"prompt": " \\n"}', "line 1: the last message of 'prompt' is empty"),
-        ("prompt null", '{"prompt": null}', PROMPT), ("prompt a number", '{"prompt": 7}', PROMPT),
+        ("prompt null", '{"prompt": null}', "line 1: a record without a 'prompt'"), ("prompt a number", '{"prompt": 7}', PROMPT),
         ("prompt an object", '{"prompt": {"role": "user"}}', PROMPT), ("prompt an empty list", '{"prompt": []}', PROMPT),
         ("prompt a list of texts", '{"prompt": ["a"]}', PROMPT),
         ("message without role", '{"prompt": [{"content": "a"}]}', PROMPT),
@@ -66,7 +66,7 @@ for name, text, expected in (
         ("content null", '{"prompt": [{"role": "user", "content": null}]}', PROMPT),
         ("content empty", '{"prompt": [{"role": "user", "content": " "}]}', "line 1: the last message of 'prompt' is empty"),
         ("unknown role", '{"prompt": [{"role": "boss", "content": "a"}]}', "line 1: .*role 'boss'; known are system, user"),
-        ("query of the assistant", '{"prompt": [{"role": "assistant", "content": "a"}]}', "line 1: a query is one user m"),
+        ("query of the assistant", '{"prompt": [{"role": "assistant", "content": "a"}]}', "line 1: .* is of the assistant; a prompt"),
         ("query of two messages", json.dumps({"prompt": [message("user"), message("user")]}), "line 1: a query is one user"),
         ("Alpaca's input", '{"instruction": "a", "input": "b"}', "line 1: an 'input' beside 'instruction'"),
         ("instruction a list", '{"instruction": ["a"]}', PROMPT)):

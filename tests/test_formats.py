@@ -1,6 +1,8 @@
 """Files as people have them: read as they are, or refused with the line of Python that makes them fit."""
 
 
+import json
+
 import pytest
 
 import sso
@@ -122,3 +124,49 @@ def test_queries_as_people_have_them(record, message, tmp_path):
         return
     with pytest.raises(UserError, match=f"q.jsonl, line 1: .*{message}"):
         read_queries(path)
+
+
+# ---- Records at random ---------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_no_record_is_a_traceback_or_means_something_else_than_it_says(tmp_path):
+    """What is read, written and read again is equal; a text that is read is one that stood in the record."""
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+    texts = st.text(max_size=6) | st.sampled_from(["\n\nHuman: a\n\nAssistant: b", "<|im_end|>", "\u2028", "\ud800"])
+    leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts
+    parts = st.fixed_dictionaries({"type": st.sampled_from(["text", "image"]), "text": texts})
+    messages = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]),
+                                      "content": texts | st.lists(parts, max_size=2) | leaves}, optional={"name": leaves})
+    values = leaves | st.lists(messages | leaves, max_size=3) | messages
+    names = ["prompt", "instruction", "question", "query", "input", "context", "system", "messages", "conversation",
+             "conversations", "chosen", "rejected", "original", "chosen_finished", "answers", "good_principle"]
+    records = st.dictionaries(st.sampled_from(names), values, max_size=6)
+    path = tmp_path / "d.jsonl"
+
+    def all_texts(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            return "".join(map(all_texts, value))
+        return value if isinstance(value, str) else ""
+
+    @hypothesis.settings(max_examples=1000, deadline=None)
+    @hypothesis.given(records)
+    def check(record):
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        for read in (read_jsonl, read_queries):
+            try:
+                found = read(path)
+            except UserError as error:
+                assert "\n" not in str(error)
+                continue
+            for column in ("prompt", "chosen", "rejected"):
+                for message in found[0].get(column, []) if isinstance(found[0].get(column), list) else []:
+                    if isinstance(message, dict) and isinstance(message.get("content"), str):
+                        assert message["content"] in all_texts(record)
+            path.write_text(as_lines(found), encoding="utf-8")
+            assert read(path) == found
+            path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+    check()

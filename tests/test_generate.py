@@ -136,7 +136,6 @@ def test_what_prompts_begin_with_is_read_once_where_the_model_reads_that_right(c
 def test_a_response_ends_at_any_stop_id_at_its_limit_or_behind_its_end(qwen3, monkeypatch, stop):
     """It is finished by a stop id alone."""
     chat = load_sampler(qwen3)
-    assert chat.stop_ids == [0, 1]
     a, b, c, d, line = chat.tokenizer("abcd\n").input_ids
     steps = [[a, a], [b, b], [stop, c], [d], [a]]
 
@@ -155,7 +154,8 @@ def test_a_response_ends_at_any_stop_id_at_its_limit_or_behind_its_end(qwen3, mo
 def test_an_answer_that_is_begun_is_gone_on_with(qwen3):
     chat = load_sampler(qwen3)
     begun = ["Bad: ", "", "Bad: a longer one", "B"]
-    for messages, start, response in zip(CHATS, begun, sample(chat, CHATS, [""] * 4, GREEDY, begun).responses):
+    responses = sample(chat, CHATS, [""] * 4, GREEDY, begun).responses
+    for messages, start, response in zip(CHATS, begun, responses):
         ids = sso.encode_prompt(chat.tokenizer, messages) + chat.tokenizer(start).input_ids
         alone = [i for i in greedy_alone(chat.model, ids, chat.stop_ids) if i not in chat.stop_ids]
         text = chat.tokenizer.decode(alone, skip_special_tokens=True)
@@ -226,7 +226,7 @@ def test_principles_are_made_in_two_stages_of_a_begun_answer(qwen3, tmp_path, mo
             texts.append(said.get(query, f" Be {kind}  at {query}.\nGood guideline: no"))
         return sampling.Sampled([sso.Response(text, True) for text in texts], 1)
 
-    monkeypatch.setattr(generate, "sample", fake)
+    monkeypatch.setattr("plumbing.principles.sample", fake)
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": text, "n": text} for text in ("A", "B", "CC", "D")])
     generate.principles(qwen3, queries, tmp_path / "p.jsonl", change(FORM, principles={"batch_size": 2}))
     keys = ("n", "good_principle", "bad_principle", "fallback")
@@ -234,12 +234,11 @@ def test_principles_are_made_in_two_stages_of_a_begun_answer(qwen3, tmp_path, mo
         ("A", "Be good at A.", "Be bad at A.", None), ("B", *FIXED, "empty"),
         ("CC", "Be good at CC.", "Be bad at CC.", None), ("D", *FIXED, "good equals bad")]
     # The longest query is asked first.
-    assert asked[0] == (["0 bad principle 2", "0 bad principle 0"], ["Bad guideline:"] * 2, "\n")
-    assert asked[1][:2] == (["0 good principle 2", "0 good principle 0"],
+    assert asked[0] == (["0 principles 2 bad", "0 principles 0 bad"], ["Bad guideline:"] * 2, "\n")
+    assert asked[1][:2] == (["0 principles 2 good", "0 principles 0 good"],
                             [f"Bad guideline: Be bad at {query}.\nGood guideline:" for query in ("CC", "A")])
     printed = capsys.readouterr().out
-    assert "4 queries; with the fixed pair of principles: {'empty': 1, 'good equals bad': 1}" in printed
-    assert "  good  Be good at A.\n  bad   Be bad at A." in printed
+    assert "with the fixed pair of principles: {'empty': 1, 'good equals bad': 1}\n" in printed
 
 
 # ---- Responses -----------------------------------------------------------------------------------
@@ -252,8 +251,6 @@ def test_responses_stand_under_the_right_prompts_in_the_order_of_the_queries(toy
         messages = [sso.role_messages(role, record, world.PROMPTS) for record in records]
         again = sample(toy_chat, messages, [""] * 48, greedy["responses"]).responses
         assert [sso.record_response(record, role) for record in records] == again, role
-    assert list(records[0]) == ["prompt", "good_principle", "bad_principle", "fallback", "chosen", "chosen_finished",
-                                "rejected", "rejected_finished", "original", "original_finished"]
     queries = texts_of(toy_data / "queries.jsonl", "prompt")
     assert texts_of(tmp_path / "r.jsonl", "prompt") == queries != sorted(queries, key=len, reverse=True)
 
@@ -292,18 +289,19 @@ def test_an_interrupted_file_continued_has_the_same_bytes(toy_data, tmp_path, mo
 
 
 def test_pairs_that_teach_nothing_are_skipped_in_training_and_counted(toy_data, tmp_path, monkeypatch, capsys):
-    """Of every three queries one gets equal responses, one an empty rejected one. The file keeps a line a query."""
+    """Of every three queries one gets equal responses, cut off, one an empty rejected one. All stay in the file."""
     def fake(chat, prompts, seeds, settings):
         texts = ["fig", "axe", "axe"] if "good" in seeds[0] else [" fig", "  ", "fox"]
-        return sampling.Sampled([sso.Response(texts[i % 3], True) for i in range(len(prompts))], 1)
+        return sampling.Sampled([sso.Response(texts[i % 3], i % 3 > 0) for i in range(len(prompts))], 1)
 
     monkeypatch.setattr(generate, "sample", fake)
     out = tmp_path / "pairs.jsonl"
     recipe = change(TOY, responses={"batch_size": 48})
     generate.responses(TOY_BASE, toy_data / "principles.jsonl", out, recipe, roles=("good", "bad"))
     printed = capsys.readouterr().out
-    assert "48 pairs; skipped in training: " in printed
+    assert "48 records; cut off by max_new_tokens: {'good': '33.3%', 'bad': '33.3%'}; skipped in training: {" in printed
     assert "'chosen equals rejected': 16" in printed and "'empty response': 16" in printed
+    assert "warning: responses are cut off so often" in printed
     chat = load_chat(TOY_BASE)
     examples, skipped = read_examples(out, "policy", chat, 256)
     assert skipped == {"chosen equals rejected": 16, "empty response": 16}

@@ -1,5 +1,6 @@
-"""What an output was made from: settings, names and contents bind, places do not."""
+"""What an output was made from: settings, names and contents bind, places do not. Any text fits into a line."""
 
+import json
 import os
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 import generate
 from conftest import TOY, TOY_BASE, write_jsonl
 from plumbing.outputs import Output, fingerprint
-from plumbing.records import UserError, read_json
+from plumbing.records import UserError, read_json, read_jsonl
 
 SETTINGS = {"lr": 0.1, "seed": 0}
 
@@ -90,3 +91,11 @@ def test_a_command_notes_its_prompts_and_inputs_and_does_nothing_twice(toy_data,
     generate.principles(TOY_BASE, queries, out, TOY)
     generate.responses(TOY_BASE, out, toy_data / "responses.jsonl", TOY)
     assert capsys.readouterr().out.count("complete") == 2
+
+
+def test_separators_inside_a_text_do_not_split_a_line(tmp_path):
+    texts = ["a\u2028b\x85c\r\nd", "zwei\nZeilen"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(lines), encoding="utf-8", newline="")
+    assert [record["prompt"][0]["content"] for record in read_jsonl(path)] == texts

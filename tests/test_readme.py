@@ -7,7 +7,7 @@ import ast
 import functools
 import io
 import json
-import multiprocessing.dummy
+import multiprocessing
 import re
 import shutil
 import statistics
@@ -255,7 +255,7 @@ def place(qwen3, tmp_path, monkeypatch):
     for path in (ROOT / "data").glob("*.jsonl"):
         (tmp_path / "data" / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:12]))
     shutil.copytree(qwen3, tmp_path / "models/smollm2")
-    monkeypatch.setattr(world, "QUERIES", 16)
+    monkeypatch.setattr(world, "QUERIES", 8)
     monkeypatch.setattr(world, "HELDOUT", 8)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -282,13 +282,15 @@ def test_the_objective_and_the_losses_of_ones_own_run(place, monkeypatch):
 
 @pytest.fixture
 def small_study(monkeypatch):
-    """The study with a grid of one cell, in this process, from the base model that is there."""
+    """The study with a grid of one cell, in forks of this process, from the base model that is there."""
+    get_context = multiprocessing.get_context
     small = load_toml(ROOT / "lab/study.toml")
     small |= {"search_seeds": [6], "search_rounds": 1, "grid": dict.fromkeys(small["grid"], [{"lr": 1e-3, "epochs": 1}])}
     for name in ("best", "default"):
         small[name] = dict.fromkeys(small[name], [0, 0])
+    small["rewards"] = dict.fromkeys(small["rewards"], ["base/responses.jsonl"])
     monkeypatch.setattr("plumbing.recipes.load_toml", lambda path: small if Path(path).name == "study.toml" else load_toml(path))
-    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: multiprocessing.dummy)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: get_context("fork"))
     monkeypatch.setattr(world, "build", lambda out, *args: shutil.copytree(TOY_BASE, out))
 
 
@@ -305,7 +307,8 @@ def test_every_other_command(place, qwen3, small_study, monkeypatch, capsys):
     commands = [line for line in COMMANDS if not line.startswith(SKIPPED)]
     assert len(commands) > 20
     for line in commands:
-        line = line.replace("--seeds 5", "--seeds 1").replace("--rounds 6", "--rounds 1").replace("128", "8")
+        for number, few in (("--seeds 5", "--seeds 1"), ("--rounds 6", "--rounds 1"), ("128", "8"), ("1024", "8"), ("--queries 32", "--queries 2")):
+            line = line.replace(number, few)
         if "Qwen/" in line or "models/smollm2" in line:
             line = line.replace("Qwen/Qwen2.5-0.5B-Instruct", str(qwen3))
             line += " --set principles.max_new_tokens=6 --set responses.max_new_tokens=6"

@@ -1,105 +1,108 @@
-"""The lab's runs on real weights, on a tiny model: that they run, resume and measure what they say."""
+"""The runs on real weights, on a tiny model: that they run, continue, and measure what they say."""
 
-import json
-from pathlib import Path
+import random
 
 import pytest
 
 import sso
+import train
 from conftest import run_here, write_jsonl
-from lab import facts, form, mixed, real, toy
-from plumbing import cli, files
-from plumbing.chat import load_chat
+from lab import real
+from plumbing.models import load_chat
+from plumbing.recipes import load_toml
+from plumbing.records import read_json, read_jsonl
+from toy import world
 
-SMALL = "--principles.max-new-tokens 4 --responses.max-new-tokens 8 --policy.epochs 1 --generator.epochs 1"
+SMALL = "--set principles.max_new_tokens=4 --set responses.max_new_tokens=8"
+
+
+@pytest.fixture
+def grader(tmp_path):
+    (tmp_path / "grader.py").write_text("def grade(query, response, finished):\n    return len(set(response)) / 200\n")
+    return tmp_path / "grader.py"
 
 
 def test_the_miniature_is_the_toy_world_in_english():
-    records, held = toy.make_records(0)
-    for record in records[:50] + held[:50]:
+    records, _ = world.make_records(0)
+    for record in records[:50]:
         query = record["prompt"]
         assert real.words(real.english(query)) == query
-        assert real.grade(real.english(query), "Sorry but i can not help with that.") == toy.grade(query, "sorry but i can not help with that .")
-    query = "Sort these words: fox axe."
-    assert real.english("sort these words : fox axe .") == query and real.words(query) == "sort these words : fox axe ."
+        assert real.grade(real.english(query), "Fox, owl.", True) == world.grade(query, "fox owl .", True)
+    assert real.english("sort these words : fox axe .") == "Sort these words: fox axe."
+    for seed in range(30):
+        system, query, toy_answer = world.make_chat(random.Random(seed))
+        *before, user = real.make_chat(random.Random(seed))[0]
+        answer = real.make_chat(random.Random(seed))[1]
+        if toy_answer.startswith("bad guideline"):
+            system = "Write guidelines."
+            answer = answer.replace("Bad guideline:", "bad guideline").replace("\nGood guideline:", " ### good guideline")
+        assert user == {"role": "user", "content": real.english(query)} and real.words(answer) == toy_answer.replace("### ", "")
+        assert before == ([{"role": "system", "content": real.english(system)}] if system else [])
 
 
-def test_a_base_model_learns_its_chats_and_is_made_once(qwen3, tmp_path, capsys, monkeypatch):
-    def loss(model):
-        chat, rng, total = load_chat(model), real.random.Random(0), 0.0
-        for _ in range(16):
-            messages, answer = real.make_chat(rng)
-            prompt = sso.encode_prompt(chat.tokenizer, messages)
-            ids = sso.encode_response(chat.tokenizer, chat.end_id, sso.Response(answer, True))
-            logps, tokens = sso.pair_logps(chat.model, [[sso.Pair(prompt, ids, ids)]], chat.pad_id)
-            total += sso.sft_loss(logps[0], tokens[0]).item() / 16
-        return total
-
+def test_a_base_model_is_trained_on_its_answers_alone(qwen3, tmp_path, monkeypatch):
+    """The first step's loss is by hand minus the mean log-prob of a token of the answer, a mean over 16 chats."""
     out = tmp_path / "base"
-    run_here(f"python -m lab.real base --model {qwen3} --out {out} --chats 32 --batch-size 4 --lr 3e-3", monkeypatch)
-    assert loss(out) < loss(qwen3) - 0.5
-    run_here(f"python -m lab.real base --model {qwen3} --out {out}", monkeypatch)
-    assert "complete" in capsys.readouterr().out
+    run_here(f"python -m lab.real base --model {qwen3} --out {out} --chats 80", monkeypatch)
+    rows = read_jsonl(out / "log.jsonl", needs=())
+    assert len(rows) == 5 and rows[-1]["loss"] < rows[0]["loss"]
+    chat, rng = load_chat(qwen3), random.Random(0)
+    losses = []
+    for messages, answer in [real.make_chat(rng) for _ in range(80)]:
+        prompt = sso.encode_prompt(chat.tokenizer, messages)
+        ids = sso.encode_response(chat.tokenizer, chat.end_id, sso.Response(answer, True))
+        logps, _ = sso.pair_logps(chat.model, [[sso.Pair(prompt, ids, ids)]], chat.pad_id)
+        losses.append(-logps[0].item() / len(ids))
+    first = train.make_batches(80, 16, 1, seed=0)[0]
+    assert rows[0]["loss"] == pytest.approx(sum(losses[i] for i in first) / 16, rel=1e-4)
 
 
-def test_the_arms_run_in_a_grid_of_learning_rates_and_report_every_cell(qwen3, tmp_path, monkeypatch):
-    command = (f"python -m lab.real arms --model {qwen3} --recipe lab/miniature.toml --out {tmp_path} --count 9 {SMALL} "
-               "--generator-lrs 1e-4,1e-3 --policy-lrs 1e-3 --names PBAA,SSO")
-    run_here(command, monkeypatch)
-    report = json.loads((tmp_path / "report.json").read_text())
-    cells = ["PBAA, policy 0.001", "SSO, generator 0.0001, policy 0.001", "SSO, generator 0.001, policy 0.001"]
-    assert list(report["rows"]) == ["base", *cells]
-    for cell in cells:
-        row = report["rows"][cell]
-        assert {"quality", "accuracy", "p(chosen)", "p(rejected)", "p(original)"} <= row.keys()
+def test_arms_of_real_weights_report_their_measures_and_costs(qwen3, tmp_path, monkeypatch):
+    """In the miniature; once more, and nothing is made again."""
+    line = (f"python -m lab.real arms --model {qwen3} --recipe lab/miniature.toml --out {tmp_path} --count 9 {SMALL} "
+            "--names PBAA,SSO")
+    run_here(line, monkeypatch)
+    report = read_json(tmp_path / "report.json")
+    assert list(report["rows"]) == ["base", "PBAA", "SSO"] and report["settings"]["policy"]["lr"] == 2e-5
+    for name in ("PBAA", "SSO"):
+        row = report["rows"][name]
+        assert {"quality", "win rate", "accuracy", "p(chosen)", "p(rejected)", "p(original)"} <= row.keys()
         assert row["answers"] == row["pairs"] == 9
-        last = files.read_jsonl(tmp_path / cell.split(", ")[0] / cell.partition(", ")[2] / "log.jsonl", needs=())[-1]
-        assert row["policy's p(original)"] == last["p(original)"]
-        assert row["policy's p(original) before"] == last["p(original) before"]
-    first, second = [report["rows"][cell]["p(rejected)"] for cell in cells[1:]]
-    assert first != second                              # pairs of two generators
-    logs = {cell: files.read_jsonl(tmp_path / "SSO" / f"generator {cell}" / "log.jsonl", needs=())
-            for cell in ("0.0001", "0.001")}
-    assert max(row["lr"] for row in logs["0.001"]) == 1e-3 and max(row["lr"] for row in logs["0.0001"]) == 1e-4
-    costs = json.loads((tmp_path / "costs.json").read_text())
-    assert costs["principles"]["seconds"] > 0
-    for step in ("responses", "PBAA, policy 0.001", "SSO: generator 0.001", "SSO: pairs of 0.001"):
-        assert costs[step]["tokens a second"] > 0 and costs[step]["peak bytes"] > 1e8
-    run_here(command, monkeypatch)                                   # complete: what it took stays
-    assert json.loads((tmp_path / "costs.json").read_text()) == costs
+        assert row["policy's p(original)"] == read_jsonl(tmp_path / name / "policy/log.jsonl", needs=())[-1]["p(original)"]
+    steps = {"principles.jsonl", "responses.jsonl", "base/answers.jsonl", "PBAA/policy", "PBAA/answers.jsonl",
+             "SSO/generator-sso", "SSO/pairs-sso.jsonl", "SSO/policy", "SSO/answers.jsonl"}
+    assert report["costs"].keys() == {f"{step}.costs.json" for step in steps}
+    assert all(cost["seconds"] > 0 and cost["peak bytes"] > 1e8 for cost in report["costs"].values())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/**/*") if path.is_file()}
+    run_here(line, monkeypatch)
+    assert read_json(tmp_path / "report.json") == report
+    assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_a_mixed_run_draws_its_queries_and_takes_principles_from_a_file(qwen3, tmp_path, monkeypatch):
-    run_here(f"python -m lab.mixed --out {tmp_path} --count 6", monkeypatch)
-    queries = files.read_jsonl(tmp_path / "queries.jsonl")
-    texts = [record["prompt"][0]["content"] for record in queries]
-    assert len(texts) == 12 and all(text in facts.QUERIES for text in texts[::2])
-    for text in texts[1::2]:
-        assert form.parse(text) and text not in facts.QUERIES
-    assert mixed.grade("What is the capital of France?", "Paris") == 1.0
-    assert mixed.grade(texts[1], "") == form.grade(texts[1], "") == 0.0
-    principles = [record | {"good_principle": "Be right.", "bad_principle": "Be wrong."} for record in queries]
-    write_jsonl(tmp_path / "principles.jsonl", principles)
+def test_arms_draw_the_queries_of_a_file_by_seed_and_take_its_principles(qwen3, grader, tmp_path, monkeypatch):
+    principles = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"q{i}", "good_principle": f"good {i}",
+                                                     "bad_principle": "bad"} for i in range(12)])
+    held = write_jsonl(tmp_path / "held.jsonl", [{"prompt": f"q{i}"} for i in range(3)])
     drawn = []
     for seed in (1, 2):
-        out = tmp_path / str(seed)
-        run_here(f"python -m lab.real arms --model {qwen3} --recipe lab/miniature.toml --out {out} --count 4 {SMALL} "
-                 f"--seed {seed} --names PBAA --grader lab/mixed.py --queries {tmp_path / 'queries.jsonl'} "
-                 f"--heldout {tmp_path / 'heldout.jsonl'} --principles {tmp_path / 'principles.jsonl'}", monkeypatch)
-        drawn.append([record["prompt"] for record in files.read_jsonl(out / "queries.jsonl")])
-        assert {record["good_principle"] for record in files.read_jsonl(out / "responses.jsonl")} == {"Be right."}
-    assert drawn[0] != drawn[1] and len(drawn[0]) == 4
+        run_here(f"python -m lab.real arms --model {qwen3} --recipe lab/miniature.toml --out {tmp_path}/{seed} --seed {seed} "
+                 f"--count 4 {SMALL} --names PBAA --grader {grader} --queries {principles} --heldout {held} "
+                 f"--principles {principles}", monkeypatch)
+        records = read_jsonl(tmp_path / f"{seed}/responses.jsonl")
+        drawn.append([record["prompt"][0]["content"] for record in records])
+        assert [record["good_principle"] for record in records] == [f"good {query[1:]}" for query in drawn[-1]]
+    assert drawn[0] != drawn[1] and len(drawn[0]) == 4 and not {"q0", "q1", "q2"} & set(drawn[0] + drawn[1])
 
 
-def test_ways_of_giving_a_principle_are_compared_on_the_same_queries(qwen3, tmp_path, capsys, monkeypatch):
-    run_here(f"python -m lab.facts --out {tmp_path}", monkeypatch)
-    run_here(f"python -m lab.real ways --model {qwen3} --principles {tmp_path / 'principles.jsonl'} "
-             f"--grader lab/facts.py --recipe recipes/small.toml --out {tmp_path / 'ways'} --count 4 --max-new-tokens 4", monkeypatch)
-    notes = [(tmp_path / f"ways/{name}.jsonl.args.json").read_text() for name in ("paper", "query-principle")]
-    assert notes[0] != notes[1]         # the paper's way is that of sso.PROMPTS, whatever the recipe's is
-    report = json.loads((tmp_path / "ways/report.json").read_text())
-    assert list(report["rows"]) == list(cli.load_toml("lab/ways.toml"))
-    asked = {tuple(record["prompt"][0]["content"] for record in files.read_jsonl(tmp_path / "ways" / f"{name}.jsonl"))
-             for name in report["rows"]}
-    assert len(asked) == 1 and len(next(iter(asked))) == 4
-    assert len({row["yo"]["mean"] for row in report["rows"].values()}) == 1       # yo is the same for all
+def test_ways_of_giving_a_principle_are_compared_on_the_same_queries(qwen3, grader, tmp_path, monkeypatch):
+    principles = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"q{i}", "good_principle": "good", "bad_principle": "bad"}
+                                                    for i in range(4)])
+    out = tmp_path / "ways"
+    run_here(f"python -m lab.real ways --model {qwen3} --principles {principles} --grader {grader} --out {out} "
+             "--recipe recipes/small.toml --set responses.max_new_tokens=4", monkeypatch)
+    rows = read_json(out / "report.json")["rows"]
+    assert list(rows) == list(load_toml("lab/ways.toml"))
+    assert len({row["yo"]["mean"] for row in rows.values()}) == 1       # yo is the same for all
+    # The paper's way is that of sso.PROMPTS, whatever the recipe's is.
+    assert read_json(out / "paper.jsonl.args.json")["good"] == sso.PROMPTS["good"]
+    assert read_json(out / "system.jsonl.args.json")["bad"] == {"system": "{principle}", "user": "{query}"}

