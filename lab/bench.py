@@ -242,7 +242,7 @@ def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 
     else:
         chat = load_chat(model, "fast") if model else random_chat("Qwen2.5-0.5B", layers)
         if memory:
-            ids = [i % 400 for i in range(1500)]
+            ids = [i % 200 for i in range(1500)]
             works = forms(chat, [[sso.Pair(ids, ids[:500], ids[1000:])]])
         else:
             settings = stage_settings(recipe, "generator")

@@ -37,7 +37,8 @@ def tie(model):
     """Make one of the input and the output embedding where the makers did. A file may hold the one
     embedding twice: Qwen's has it in 5 bits for the input and in 8 for the output, 4 % apart. The
     output's is taken, which has more bits."""
-    inner, outer = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    inner = model.get_input_embeddings().weight
+    outer = model.get_output_embeddings().weight
     if (inner - outer).norm() < NEAR * outer.norm():
         inner.data = outer.data
         model.config.tie_word_embeddings = True
@@ -46,11 +47,12 @@ def tie(model):
 
 def convert(files, out):
     """Write the model of one GGUF file as a checkpoint folder, unless it is there."""
-    file, *others = files
-    if others:
-        raise UserError(f"{others[0]}: one GGUF file at a time")
-    file = smollm2() if file == "smollm2" else Path(file)
-    if file is None or not find_spec("gguf") or not find_spec("accelerate"):
+    if len(files) > 1:
+        raise UserError(f"{files[1]}: one GGUF file at a time")
+    file = Path(files[0])
+    if files[0] == "smollm2":
+        file = smollm2()
+    if not (file and find_spec("gguf") and find_spec("accelerate")):
         raise UserError(f"what reads a GGUF file, or SmolLM2, is not installed: {INSTALL}")
     if not file.is_file():
         raise UserError(f"{file}: no such file")

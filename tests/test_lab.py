@@ -172,7 +172,8 @@ def test_an_arm_with_two_generators(toy_data, tmp_path):
             alone = tmp_path / f"{role}-{name}.jsonl"
             generate.responses(tmp_path / f"generator-{name}", start.responses, alone, recipe, (role,))
             assert ([record[sso.COLUMNS[role]] for record in read_jsonl(alone)] == answers) == (name == objective)
-        assert read_json(tmp_path / f"generator-{objective}.args.json")["objective"] == objective
+        note = read_json(tmp_path / f"generator-{objective}.args.json")
+        assert note["objective"] == objective and note["data"].endswith(fingerprint(start.responses))
     assert read_json(tmp_path / "0.001/policy.args.json")["data"].endswith(fingerprint(pairs))
     # The measures are those of eval.py, and the last of the log.
     critic, _ = evaluation.load_critic(grader=world.__file__)

@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -40,19 +39,18 @@ def assert_same_training(ours, trls, rewards=True):
     """The same losses, gradient norms and learning rates, at first to five digits; the same weights and tokenizer."""
     logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (ours, trls)]
     for our_row, trl_row in zip(*logs, strict=True):
-        step = our_row["step"]
-        assert trl_row["step"] == step
-        for name in ("loss", "grad_norm", "lr"):
-            assert trl_row[name] == pytest.approx(our_row[name], rel=1e-5 if step == 0 else 1e-4), name
+        later = our_row["step"] > 0
+        for name in ("step", "loss", "grad_norm", "lr"):
+            assert trl_row[name] == pytest.approx(our_row[name], rel=1e-4 if later else 1e-5), name
         for name in ("chosen_rewards", "rejected_rewards", "margin", "accuracy"):
-            if rewards and step:
+            if rewards and later:
                 assert trl_row[name] == pytest.approx(our_row[name], rel=1e-3, abs=1e-4), name
     chats = load_chat(ours), load_chat(trls)
     for a, b in zip(*(chat.model.parameters() for chat in chats), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
     assert chats[1].model.config.use_cache
-    assert chats[0].tokenizer.get_vocab() == chats[1].tokenizer.get_vocab()
-    assert chats[0].tokenizer.chat_template == chats[1].tokenizer.chat_template
+    assert len({chat.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+                for chat in chats}) == 1
     assert not list(trls.parent.glob("*.trl"))
 
 
@@ -99,6 +97,5 @@ def test_without_trl_one_line_says_what_to_install(tmp_path, monkeypatch):
     ({"batch_size": 5}, 4, "batch_size = 5: 4 processes cannot share 10 pairs equally")])
 def test_what_trl_cannot_do_is_refused(settings, processes, message, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setitem(trl_generator.sso.BASE_LOSSES, "own", None)
     with pytest.raises(UserError, match=message):
         trl_generator.make_config(tmp_path, PAPER["generator"] | settings)
