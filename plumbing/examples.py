@@ -84,23 +84,18 @@ def encode_record(record, objective, chat, max_length, prompts=sso.PROMPTS):
     return example, None
 
 
-def warn_of_templates(path, records, tokenizer):
-    """Say how many prompts hold control tokens of the model, which are read as plain text."""
-    held = [record for record in records
-            if tokenizer.inside.search(record["prompt"][-1]["content"])]
-    if held:
-        print(f"warning: {path}: {len(held)} prompts hold control tokens of the model, such as in "
-              f"{held[0]['prompt'][-1]['content'][:40]!r}. They are read as plain text: give the "
-              "prompts without their template")
-
-
 def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=None):
     """The first `limit` records of a preference file as examples, and a count of those that are
     skipped, by reason."""
     examples = []
     skipped = Counter()
     records = read_jsonl(path)[:limit]
-    warn_of_templates(path, records, chat.tokenizer)
+    inside = chat.tokenizer.inside
+    held = [text for text in (record["prompt"][-1]["content"] for record in records)
+            if inside.search(text)]
+    if held:
+        print(f"warning: {path}: {len(held)} prompts hold control tokens of the model, as in "
+              f"{held[0][:40]!r}. They are read as plain text: give prompts without their template")
     for number, record in enumerate(records, 1):
         try:
             example, reason = encode_record(record, objective, chat, max_length, prompts)

@@ -44,8 +44,9 @@ def unify(record, columns):
     for column in ("prompt", *columns):
         if column in record:
             record[column] = as_messages(column, record[column])
-    if "prompt" in record:
-        move_system(record, [column for column in columns if column in record])
+    heads = [record[column][0] for column in columns if column in record]
+    if "prompt" in record and ("system" in record or any(m["role"] == "system" for m in heads)):
+        move_system(record, heads)
 
 
 def find_prompt(record):
@@ -84,59 +85,48 @@ def as_messages(column, value):
         raise ValueError(f"{column!r} is neither a text nor a list of messages")
     messages = []
     for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            if isinstance(message, dict) and "from" in message:
-                raise ValueError(f"{column!r} is in the format of ShareGPT: rename 'from' and "
-                                 "'value' to 'role' and 'content', human to user, gpt to assistant")
+        if isinstance(message, dict) and "from" in message:
+            raise ValueError(f"{column!r} is in the format of ShareGPT: rename 'from' and 'value' to "
+                             "'role' and 'content', human to user, gpt to assistant")
+        content = isinstance(message, dict) and message.get("content")
+        if isinstance(content, list):
+            content = joined(column, content)
+        if not isinstance(content, str) or not isinstance(message.get("role"), str):
             raise ValueError(f"{column!r} is neither a text nor a list of messages")
         if message["role"] not in ROLES:
             raise ValueError(f"{column!r} has a message of role {message['role']!r}; known are "
                              f"{', '.join(ROLES)}")
-        messages.append({"role": message["role"], "content": text_of(column, message)})
-    return check_messages(column, messages)
-
-
-def text_of(column, message):
-    """The text of a message. Its parts are joined."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        content = [{"type": "text", "text": content}]
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text":
-            raise ValueError(f"{column!r} has a part of type {kind!r}; a message is text alone")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"{column!r} is neither a text nor a list of messages")
-    return "".join(part["text"] for part in content)
-
-
-def check_messages(column, messages):
-    """The messages, if they can be a prompt or a response."""
+        messages.append({"role": message["role"], "content": content})
     last = messages[-1]
     if column == "prompt" and not last["content"].strip():
         raise ValueError("the last message of 'prompt' is empty")
-    if column == "prompt" and last["role"] != "user":
-        raise ValueError(f"the last message of 'prompt' is of the {last['role']}; a prompt ends with "
-                         "the user's")
-    if column != "prompt" and last["role"] != "assistant":
-        raise ValueError(f"the last message of {column!r} is of the {last['role']}; a response is "
-                         "the assistant's")
+    wanted = "user" if column == "prompt" else "assistant"
+    if last["role"] != wanted:
+        raise ValueError(f"the last message of {column!r} is of the {last['role']}; it has to be of "
+                         f"the {wanted}")
     if last["content"].startswith(HH_SIGN):
         raise ValueError(f"{column!r} is in {HH}")
     return messages
 
 
-def move_system(record, columns):
-    """Put a system message before the prompt: of the column 'system', or the one that stands before
-    all responses. A response of several turns then begins with the prompt, or not at all."""
+def joined(column, parts):
+    """The text of a message in parts. ValueError if one of them is no text."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"{column!r} has a part of type {kind!r}; a message is text alone")
+    return "".join(part["text"] for part in parts)
+
+
+def move_system(record, heads):
+    """Put a system message before the prompt: of the column 'system', or the one with which all
+    responses begin; `heads` are their first messages."""
     prompt = record["prompt"]
     system = record.get("system")
     if isinstance(system, str) and system.strip() and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system}] + prompt
-    heads = [record[column][0] for column in columns]
     if heads and heads[0]["role"] == "system" and heads.count(heads[0]) == len(heads):
         if prompt[0] != heads[0]:
             prompt = heads[:1] + prompt
     record["prompt"] = prompt
-    if "system" in record:
-        del record["system"]
+    record.pop("system", None)

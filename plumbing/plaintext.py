@@ -64,7 +64,8 @@ class PlainText:
     def apply_chat_template(self, messages, tokenize=True, return_dict=False, **options):
         """The ids of a conversation; its text if not `tokenize`. UserError if the template refuses
         it, or leaves its system message out."""
-        cut = next(cut for cut in CUTS if cut not in str(messages))
+        texts = "".join(message["content"] for message in messages)
+        cut = next(cut for cut in CUTS if cut not in texts)
         safe = []
         for message in messages:
             inside = self.inside
@@ -96,13 +97,12 @@ class PlainText:
         user = [{"role": "user", "content": "q"}]
         asked = self.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
         for self.before in ("", asked[-1:]):
-            if all(self.reads_as_template(user, text) for text in PROBES):
+            right = 0
+            for text in PROBES:
+                ids = self(text).input_ids
+                whole = self.apply_chat_template(user + [{"role": "assistant", "content": text}])
+                right += any(whole[i:i + len(ids)] == ids for i in range(len(whole)))
+            if right == len(PROBES):
                 return True
         self.before = ""
         return False
-
-    def reads_as_template(self, user, text):
-        whole = self.apply_chat_template(user + [{"role": "assistant", "content": text}])
-        ids = self(text).input_ids
-        return any(whole[i:i + len(ids)] == ids for i in range(len(whole)))
-

