@@ -24,6 +24,7 @@ from toy import world
 
 
 STAGES = ["principles", "responses", "generator", "policy"]
+MOST_ROUNDS = 100
 SHOWN = 2           # held-out queries whose answers are printed
 LABELS = {"sso": "SSO", "policy": "PBAA"}
 
@@ -144,7 +145,7 @@ def print_answers(paths):
         print()
 
 
-def check(recipe, model, queries, heldout, principles, principle_model, judge, server):
+def check(recipe, model, queries, heldout, principles, principle_model, rounds, judge, server):
     """UserError if flags do not go together, a setting is out of range or a model is of no use."""
     if (model is None) != (queries is None):
         raise UserError("--model and --queries go together")
@@ -154,6 +155,8 @@ def check(recipe, model, queries, heldout, principles, principle_model, judge, s
         raise UserError("--principles and --principle-model exclude each other")
     if server and not (principle_model or judge):
         raise UserError("--server goes with --principle-model or --judge; --model is trained here")
+    if rounds > MOST_ROUNDS:
+        raise UserError(f"--rounds is at most {MOST_ROUNDS}")
     if principles:
         read_jsonl(principles, needs=(), uses=())
     for stage in STAGES:
@@ -174,7 +177,7 @@ def run(recipe, model=None, queries=None, heldout=None, principles=None, princip
     if sso.trains_generator(objective):
         stage = "generator"
     recipe = change(recipe, **{stage: {"objective": objective}})
-    check(recipe, model, queries, heldout, principles, principle_model, judge, server)
+    check(recipe, model, queries, heldout, principles, principle_model, rounds, judge, server)
     if model is None and judge is None:
         grader = grader or world.__file__
     judged_by = {"grader": grader, "judge": judge, "judge_pairs": judge_pairs,

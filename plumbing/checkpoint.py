@@ -1,6 +1,7 @@
 """A training that can be interrupted at any moment and continued to the same weights."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -84,7 +85,7 @@ class Progress:
                 torch.save(state, temporary)
             except RuntimeError as error:       # torch's way of saying that the disk is full
                 temporary.unlink(missing_ok=True)
-                raise OSError(f"no disk space for {temporary} ({error})") from None
+                raise OSError(errno.ENOSPC, str(error), str(temporary)) from None
             os.replace(temporary, self.checkpoint)
 
     def check(self, row):

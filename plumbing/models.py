@@ -219,6 +219,8 @@ def spare(model, settings):
     if settings["compile"]:
         model.base_model.compile(dynamic=True)      # not anew for every width of a micro-batch
     if settings["recompute_layers"]:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable      # transformers before 5.23
+        enable({"use_reentrant": False})
         for module in model.modules():      # it works in training mode alone, which is dropout, too
             module.training = hasattr(module, "gradient_checkpointing")

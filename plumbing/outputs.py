@@ -163,9 +163,11 @@ def write_queries(out, folders, queries, heldout, settings, inputs):
     parts = {out / "heldout.jsonl": heldout}
     for number, folder in enumerate(folders):
         parts[folder / "queries.jsonl"] = queries[number::len(folders)]
+    settings = settings | {"rounds": len(folders)}
     inputs = {name: path for name, path in inputs.items() if path}
-    for path, records in parts.items():
-        output = Output(path, settings | {"rounds": len(folders)}, inputs)
-        if not output.is_complete():
+    outputs = [Output(path, settings, inputs) for path in parts]
+    there = [output.is_complete() for output in outputs]        # all are looked at before one is made
+    for output, is_there, records in zip(outputs, there, parts.values()):
+        if not is_there:
             output.write_note()
-            write_text(path, as_lines([{"prompt": record["prompt"]} for record in records]))
+            write_text(output.path, as_lines([{"prompt": record["prompt"]} for record in records]))

@@ -4,6 +4,7 @@
     python -m pytest --slow     # README's commands, kills, the study, the notebook, the toy's base trained again
 """
 
+import gc
 import json
 import os
 import runpy
@@ -139,3 +140,8 @@ def run_here(line, monkeypatch):
         words[:2] = [words[1].replace(".", "/") + ".py"]
     monkeypatch.setattr(sys, "argv", words)
     runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def pytest_collection_finish(session):
+    """What is loaded by now stays: collecting garbage need not look at it again and again."""
+    gc.freeze()

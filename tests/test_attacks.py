@@ -21,7 +21,8 @@ from plumbing.outputs import fingerprint
 from plumbing.records import split_queries
 from toy import world
 
-RECORD = {"prompt": "Why?", "good_principle": "Be kind.", "bad_principle": "Be rude.", "chosen": "So.", "rejected": "No.",
+RECORD = {"prompt": "Why?", "good_principle": "Be kind.", "bad_principle": "Be rude.", "chosen": "So.",
+          "rejected": "No.",
           "original": "Well."}
 QUERIES = "python generate.py principles --model model --queries bad.jsonl --out new.jsonl"
 RESPONSES = "python generate.py responses --model model --principles bad.jsonl --out new.jsonl"
@@ -58,16 +59,22 @@ for name, text, expected in (
         ("no prompt", '{"text": "a"}', "line 1: a record without a 'prompt'"),
         ("empty prompt", '{"prompt": ""}', "line 1: the last message of 'prompt' is empty"),
         ("blank prompt", '{"prompt": " \\n"}', "line 1: the last message of 'prompt' is empty"),
-        ("prompt null", '{"prompt": null}', "line 1: a record without a 'prompt'"), ("prompt a number", '{"prompt": 7}', PROMPT),
-        ("prompt an object", '{"prompt": {"role": "user"}}', PROMPT), ("prompt an empty list", '{"prompt": []}', PROMPT),
+        ("prompt null", '{"prompt": null}', "line 1: a record without a 'prompt'"),
+        ("prompt a number", '{"prompt": 7}', PROMPT),
+        ("prompt an object", '{"prompt": {"role": "user"}}', PROMPT),
+        ("prompt an empty list", '{"prompt": []}', PROMPT),
         ("prompt a list of texts", '{"prompt": ["a"]}', PROMPT),
         ("message without role", '{"prompt": [{"content": "a"}]}', PROMPT),
         ("message without content", '{"prompt": [{"role": "user"}]}', PROMPT),
         ("content null", '{"prompt": [{"role": "user", "content": null}]}', PROMPT),
-        ("content empty", '{"prompt": [{"role": "user", "content": " "}]}', "line 1: the last message of 'prompt' is empty"),
-        ("unknown role", '{"prompt": [{"role": "boss", "content": "a"}]}', "line 1: .*role 'boss'; known are system, user"),
-        ("query of the assistant", '{"prompt": [{"role": "assistant", "content": "a"}]}', "line 1: .* is of the assistant; a prompt"),
-        ("query of two messages", json.dumps({"prompt": [message("user"), message("user")]}), "line 1: a query is one user"),
+        ("content empty", '{"prompt": [{"role": "user", "content": " "}]}',
+         "line 1: the last message of 'prompt' is empty"),
+        ("unknown role", '{"prompt": [{"role": "boss", "content": "a"}]}',
+         "line 1: .*role 'boss'; known are system, user"),
+        ("query of the assistant", '{"prompt": [{"role": "assistant", "content": "a"}]}',
+         "line 1: the last message of .* is of the ass"),
+        ("query of two messages", json.dumps({"prompt": [message("user"), message("user")]}),
+         "line 1: a query is one user"),
         ("Alpaca's input", '{"instruction": "a", "input": "b"}', "line 1: an 'input' beside 'instruction'"),
         ("instruction a list", '{"instruction": ["a"]}', PROMPT)):
     CASES[f"queries: {name}"] = (QUERIES, {"bad.jsonl": text}, f"bad.jsonl(, |: ){expected}")
@@ -76,7 +83,8 @@ CASES["queries: a folder"] = (QUERIES.replace("bad.jsonl", "model"), {}, "model:
 CASES["queries: longer than the context"] = (QUERIES, {"bad.jsonl": line(prompt="a" * 9000)},
                                              "a prompt of .* leaves no room in the model's context of 8192; .* 'a+'")
 for name, text in (("one alone", line()), ("one, twice", GOOD)):
-    CASES[f"queries: {name}"] = (RUN.replace("good", "bad"), {"bad.jsonl": text}, "bad.jsonl: at least two queries are needed")
+    CASES[f"queries: {name}"] = (RUN.replace("good", "bad"), {"bad.jsonl": text},
+                                 "bad.jsonl: at least two queries are needed")
 
 # ---- Principles and pairs
 for name, changes, expected in (
@@ -92,9 +100,10 @@ for name, changes, expected in (
         ("no rejected", {"rejected": None}, "a record without 'rejected', needed for objective 'policy'"),
         ("chosen a number", {"chosen": 7}, "'chosen' is neither a text nor a list of messages"),
         ("rejected an empty list", {"rejected": []}, "'rejected' is neither a text nor a list of messages"),
-        ("chosen without content", {"chosen": [{"role": "assistant"}]}, "'chosen' is neither a text nor a list of messages"),
+        ("chosen without content", {"chosen": [{"role": "assistant"}]},
+         "'chosen' is neither a text nor a list of messages"),
         ("chosen ends with the user", {"chosen": [message("user")]},
-         "the last message of 'chosen' is of the user; a response is the assistant's"),
+         "the last message of 'chosen' is of the user; it has to be of the assistant"),
         ("unknown role", {"rejected": [message("gpt")]}, "'rejected' has a message of role 'gpt'"),
         ("finished a text", {"chosen_finished": "no"}, "'chosen_finished' is 'no': it is true or false"),
         ("finished a number", {"rejected_finished": 1}, "'rejected_finished' is 1: it is true or false"),
@@ -106,17 +115,19 @@ CASES["pairs: finished null"] = (POLICY, {"bad.jsonl": json.dumps(RECORD | {"cho
 CASES["pairs: no yo for a generator"] = (GENERATOR, {"bad.jsonl": line(original=None)},
                                          "line 1: a record without 'original', needed for objective 'sso'")
 for name, changes, words, reason in (
-        ("all equal", {"rejected": "So. "}, "", "chosen equals rejected"), ("all empty", {"chosen": " "}, "", "empty response"),
+        ("all equal", {"rejected": "So. "}, "", "chosen equals rejected"),
+        ("all empty", {"chosen": " "}, "", "empty response"),
         ("nothing but an end token", {"chosen": "<|im_end|>\n"}, "", "empty response"),
         ("no room for the prompt", {}, " --set policy.max_length=8", "no room behind the prompt in max_length 8"),
         ("equal up to the cut", {"chosen": "So, so.", "rejected": "So, no."}, " --set policy.max_length=45",
          "chosen equals rejected up to max_length")):
-    CASES[f"pairs: {name}"] = (POLICY + words, {"bad.jsonl": line(**changes)}, f"bad.jsonl: no pair is left: .*'{reason}': 1")
+    CASES[f"pairs: {name}"] = (POLICY + words, {"bad.jsonl": line(**changes)},
+                               f"bad.jsonl: no pair is left: .*'{reason}': 1")
 
 # ---- Settings
-for words in ("lr=0 lr=-1 lr=nan lr=inf beta=0 beta=inf gamma=-0.1 gamma=inf weight_decay=inf weight_decay=-1 warmup=1.5 "
-              "warmup=nan clip=0 clip=inf epochs=0 batch_size=0 batch_size=-4 examples=0 max_length=0 micro_batch_tokens=-1 "
-              "recompute_layers=2").split():
+for words in ("lr=0 lr=-1 lr=nan lr=inf beta=0 beta=inf gamma=-0.1 gamma=inf weight_decay=inf weight_decay=-1 "
+              "warmup=1.5 warmup=nan clip=0 clip=inf epochs=0 batch_size=0 batch_size=-4 examples=0 max_length=0 "
+              "micro_batch_tokens=-1 recompute_layers=2").split():
     CASES[f"setting: {words}"] = (POLICY + f" --set policy.{words}", {"bad.jsonl": GOOD},
                                   f"policy.{words.replace('=', ' = ')}.* is not between")
 for words in "temperature=-1 temperature=inf temperature=nan top_p=0 top_p=1.1 max_new_tokens=0 batch_size=0".split():
@@ -141,32 +152,40 @@ for words, expected in (
 # ---- Flags
 for name, words, expected in (
         ("missing", "python train.py policy --data bad.jsonl --out new", "required: --model"),
-        ("no command", "python train.py", "required: COMMAND"), ("unknown command", "python train.py both", "invalid choice"),
+        ("no command", "python train.py", "required: COMMAND"),
+        ("unknown command", "python train.py both", "invalid choice"),
         ("unknown role", RESPONSES + " --roles great", "invalid choice: 'great'"),
         ("originals negative", RESPONSES + " --originals -1", "--originals is at least 1"),
         ("no number", TOY + " --rounds two", "--rounds: invalid int value: 'two'"),
         ("rounds 0", RUN + " --rounds 0", "--rounds is at least 1"),
         ("more rounds than queries", RUN + " --rounds 9", "--rounds 9: more than the 1 queries"),
-        ("all queries held out", RUN + " --heldout good.jsonl", "good.jsonl: all of its queries are held out by good.jsonl"),
+        ("all queries held out", RUN + " --heldout good.jsonl",
+         "good.jsonl: all of its queries are held out by good.jsonl"),
         ("no queries", RUN.replace("good", "none"), "none.jsonl: no such file"),
         ("no held-out queries", RUN + " --heldout none.jsonl", "none.jsonl: no such file"),
         ("no principles", RUN + " --principles none.jsonl", "none.jsonl: no such file"),
-        ("no model", RUN.replace("model model", "model none/such"), "model none/such: .*; offline, fetch it where there is"),
+        ("no model", RUN.replace("model model", "model none/such"),
+         "model none/such: .*; offline, fetch it where there is"),
         ("no principle model", RUN + " --principle-model none/such", "model none/such: "),
-        ("no judge", RUN + " --judge none/such", "model none/such: "), ("no judge of the toy", TOY + " --judge no", "model no: "),
+        ("no judge", RUN + " --judge none/such", "model none/such: "),
+        ("no judge of the toy", TOY + " --judge no", "model no: "),
         ("a setting of another stage", RUN + " --set generator.lr=-1", "generator.lr = -1.0 is not between"),
         ("unknown objective", TOY + " --objective none", "argument --objective: invalid choice: 'none'"),
         ("model alone", TOY + " --model model", "--model and --queries go together"),
         ("queries alone", TOY + " --queries good.jsonl", "--model and --queries go together"),
         ("heldout alone", TOY + " --heldout good.jsonl", "--heldout goes with --queries"),
         ("two sources of principles", RUN + " --principles good.jsonl --principle-model model", "exclude each other"),
-        ("server for nothing", RUN + " --server http://localhost:1/v1", "--server goes with --principle-model or --judge"),
+        ("server for nothing", RUN + " --server http://localhost:1/v1",
+         "--server goes with --principle-model or --judge"),
         ("two critics", ANSWERS + " --grader grader.py --judge model", "--grader and --judge exclude each other"),
         ("judge pairs 0", ANSWERS + " --judge model --judge-pairs 0", "--judge-pairs is at least 1"),
-        ("server that is not there", ANSWERS + " --judge m --server http://localhost:1/v1", "--server http://localhost:1/v1"),
-        ("a toy world that is none", "python -m toy.world principles --world x --queries toy.jsonl --out new.jsonl", "x. is none"),
+        ("server that is not there", ANSWERS + " --judge m --server http://localhost:1/v1",
+         "--server http://localhost:1/v1"),
+        ("a toy world that is none", "python -m toy.world principles --world x --queries toy.jsonl --out new.jsonl",
+         "x. is none"),
         ("report of no run", "python eval.py report none", "none/report.json: no such file"),
-        ("other queries in two files", ANSWERS + " other.jsonl", "other.jsonl: answers to other queries than those of the")):
+        ("other queries in two files", ANSWERS + " other.jsonl",
+         "other.jsonl: answers to other queries than those of the")):
     CASES[f"flag: {name}"] = (words, {"bad.jsonl": GOOD, "toy.jsonl": '{"prompt": "sort these words : axe"}'}, expected)
 
 # ---- Graders and recipes
@@ -186,24 +205,35 @@ for name, text, expected in (
         ("section a number", "policy = 1", "policy = 1 is not of the type of {"),
         ("wrong type", "[policy]\nlr = 'x'", "policy: lr = 'x' is not of the type of 5e-07"),
         ("not UTF-8", b"\xff", ".*utf-8"), ("nested too deep", "a = " + "[" * 100_000, "")):
-    CASES[f"recipe: {name}"] = (f"{POLICY} --recipe bad.toml", {"bad.jsonl": GOOD, "bad.toml": text}, f"bad.toml: {expected}")
+    CASES[f"recipe: {name}"] = (f"{POLICY} --recipe bad.toml", {"bad.jsonl": GOOD, "bad.toml": text},
+                                f"bad.toml: {expected}")
 CASES["recipe: out of range"] = (f"{POLICY} --recipe bad.toml", {"bad.jsonl": GOOD, "bad.toml": "[policy]\nlr = inf"},
                                  "policy.lr = inf is not between")
 
 # ---- What stands in the place of an output
 for name, words, texts, expected in (
-        ("foreign", RESPONSES, {"new.jsonl": "mine"}, "new.jsonl exists and was not made by this command; choose another --out"),
-        ("foreign partial", RESPONSES, {"new.jsonl.partial": "mine"}, "new.jsonl.partial exists and was not made by this"),
-        ("note empty", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": ""}, "new.jsonl.args.json: not the JSON .* delete"),
-        ("note cut", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": '{"temp'}, "new.jsonl.args.json: not the JSON "),
-        ("note a list", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": "[]"}, "new.jsonl.args.json: not written by a"),
-        ("note of another", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": "{}"}, "new.jsonl was made with .*: choose an"),
+        ("foreign", RESPONSES, {"new.jsonl": "mine"},
+         "new.jsonl exists and was not made by this command; choose another --out"),
+        ("foreign partial", RESPONSES, {"new.jsonl.partial": "mine"},
+         "new.jsonl.partial exists and was not made by this"),
+        ("note empty", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": ""},
+         "new.jsonl.args.json: not the JSON .* delete"),
+        ("note cut", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": '{"temp'},
+         "new.jsonl.args.json: not the JSON "),
+        ("note a list", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": "[]"},
+         "new.jsonl.args.json: not written by a"),
+        ("note of another", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": "{}"},
+         "new.jsonl was made with .*: choose an"),
         ("a folder", RESPONSES.replace("new.jsonl", "model"), {}, "model exists and was not made by this command"),
         ("foreign folder", POLICY, {"new/config.json": "{}"}, "new exists and was not made by this command"),
-        ("a file as folder", POLICY.replace("new", "good.jsonl"), {}, "good.jsonl exists and was not made by this command"),
-        ("run in a folder with queries", RUN, {"new/queries.jsonl": GOOD}, "new/queries.jsonl exists and was not made by this"),
-        ("below a file", RESPONSES.replace("new.jsonl", "good.jsonl/new"), {}, "--out good.jsonl/new: nothing can be written"),
-        ("where nobody may write", RESPONSES.replace("new", "/proc/x/new"), {}, "--out /proc/x/new.jsonl: nothing can be wr"),
+        ("a file as folder", POLICY.replace("new", "good.jsonl"), {},
+         "good.jsonl exists and was not made by this command"),
+        ("run in a folder with queries", RUN, {"new/queries.jsonl": GOOD},
+         "new/queries.jsonl exists and was not made by this"),
+        ("below a file", RESPONSES.replace("new.jsonl", "good.jsonl/new"), {},
+         "--out good.jsonl/new: nothing can be written"),
+        ("where nobody may write", RESPONSES.replace("new", "/proc/x/new"), {},
+         "--out /proc/x/new.jsonl: nothing can be wr"),
         ("report empty", "python eval.py report run", {"run/report.json": ""}, "run/report.json: not the JSON"),
         ("report foreign", "python eval.py report run", {"run/report.json": "[1]"}, "run/report.json: not written by")):
     CASES[f"output: {name}"] = (words, {"bad.jsonl": GOOD} | texts, expected)
@@ -259,8 +289,8 @@ WEIGHTS = {     # name -> what is done to the weights of a good checkpoint, the 
     "no weights": (lambda path: write(path, "model.safetensors", "mine"), ""), "pickled alone": (pickle_weights, ""),
     "a tensor missing": (lambda path: change_weights(path, lambda weights: weights.pop(NORM)),
                          f"its files lack 1 tensors of the model, such as {NORM}; they would be random"),
-    "a tensor of another shape": (lambda path: change_weights(path, lambda weights: weights.update({NORM: torch.ones(7)})),
-                                  ""),
+    "a tensor of another shape": (
+        lambda path: change_weights(path, lambda weights: weights.update({NORM: torch.ones(7)})), ""),
     "NaN": (lambda path: change_weights(path, lambda weights: weights[NORM].fill_(torch.nan)),
             f"{NORM} has weights that are NaN or infinite")}
 MODELS = {      # name -> what is done to all but the weights of a good checkpoint, the line
@@ -272,7 +302,8 @@ MODELS = {      # name -> what is done to all but the weights of a good checkpoi
                   "its weights are quantised, and cannot be trained; use the original ones"),
     "no cache": (lambda path: MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1).save_pretrained(path),
                  "MambaForCausalLM has no cache of keys and values, which sampling needs"),
-    "too large": (lambda path: change_json(path, "config.json", vocab_size=10**12), r"it takes \d.* GB of memory, .* free"),
+    "too large": (lambda path: change_json(path, "config.json", vocab_size=10**12),
+                  r"it takes \d.* GB of memory, .* free"),
     "config no JSON": (lambda path: write(path, "config.json", "{"), ""),
     "config of no model": (lambda path: write(path, "config.json", '{"model_type": "none"}'), ""),
     "code of its own": (lambda path: write(path, "config.json", json.dumps(
@@ -288,10 +319,12 @@ MODELS = {      # name -> what is done to all but the weights of a good checkpoi
     "template that leaves <think> open": (
         lambda path: template(path, "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}<think>"),
         "its chat template leaves <think> open before an answer"),
-    "template without an end of turn": (lambda path: template(path, "{% for m in messages %}{{ m.content }}\n{% endfor %}"),
-                                        "its chat template closes an answer with no special token"),
+    "template without an end of turn": (
+        lambda path: template(path, "{% for m in messages %}{{ m.content }}\n{% endfor %}"),
+        "its chat template closes an answer with no special token"),
     "template of tokens beyond the embedding": (
-        lambda path: (extra_token(path, "<new>"), template(path, "{% for m in messages %}{{ m.content }}<new>{% endfor %}")),
+        lambda path: (extra_token(path, "<new>"),
+                      template(path, "{% for m in messages %}{{ m.content }}<new>{% endfor %}")),
         "its chat template writes token 259, '<new>', and its embedding has 259 rows: resize it"),
 }
 
@@ -370,14 +403,15 @@ def test_a_pad_token_beyond_the_embedding_is_no_trouble(place, qwen3, monkeypatc
 def test_the_second_of_two_processes_at_one_output_ends_in_one_line(place, monkeypatch, capsys):
     """A training's folder, and a file. Beside them another may work; and the death of the holder ends its lock."""
     outs = {"runs/x": POLICY.replace("new", "runs/x"), "runs/y.jsonl": RESPONSES.replace("new.jsonl", "runs/y.jsonl")}
-    hold = "import sys, plumbing.command as c\nwith c.locked(sys.argv[1]), c.locked(sys.argv[2]): print(flush=True), input()"
+    hold = ("import sys, plumbing.command as c\n"
+            "with c.locked(sys.argv[1]), c.locked(sys.argv[2]): print(flush=True), input()")
     with subprocess.Popen([sys.executable, "-c", hold, *outs], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}) as holder:
         holder.stdout.readline()
         (place / "bad.jsonl").write_text(GOOD)
         for out, words in outs.items():
-            ends_in_one_line(words, f"another process is at work on {out}; wait for its end, or choose another --out", place,
-                             monkeypatch, capsys)
+            ends_in_one_line(words, f"another process is at work on {out}; wait for its end, or choose another --out",
+                             place, monkeypatch, capsys)
         run_here(RESPONSES.replace("new", "runs/z") + " --set responses.max_new_tokens=2", monkeypatch)
         holder.kill()
     for words in outs.values():
@@ -395,7 +429,7 @@ def interrupt_training(place, monkeypatch):
 
     (place / "bad.jsonl").write_text(GOOD)
     words = POLICY + " --set policy.epochs=2"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; the same command continues where"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; the same command continues"):
         patch.setattr(Progress, "log", log_and_stop)
         run_here(words, patch)
     assert len((place / "new.partial/log.jsonl").read_text().splitlines()) == 1
@@ -427,8 +461,8 @@ def test_a_checkpoint_that_is_none_is_one_line(content, place, monkeypatch, caps
         torch.save({"step": 1, "model": {}}, checkpoint)
     else:
         checkpoint.write_bytes(content)
-    ends_in_one_line(words, "new.partial/checkpoint.pt: not a checkpoint of this training .*; delete it to start over", place,
-                     monkeypatch, capsys)
+    ends_in_one_line(words, "new.partial/checkpoint.pt: not a checkpoint of this training .*; delete it to start over",
+                     place, monkeypatch, capsys)
 
 
 def test_a_partial_file_of_something_else_is_refused(place, monkeypatch, capsys):

@@ -98,7 +98,7 @@ def test_a_format_that_does_not_fit_is_refused_with_the_line_that_makes_it_fit(n
 @pytest.mark.parametrize("record, message", [
     ({"prompt": Q, "response": GOOD, "helpfulness": 4}, "HelpSteer; .*ratings"),
     ({"prompt": [turn("user", [{"type": "image_url"}])], "chosen": GOOD, "rejected": BAD}, "part of type 'image_url'"),
-    ({"prompt": said(Q, GOOD), "chosen": GOOD, "rejected": BAD}, "'prompt' is of the assistant; a prompt ends with the user"),
+    ({"prompt": said(Q, GOOD), "chosen": GOOD, "rejected": BAD}, "'prompt' is of the assistant; it has to be of the user"),
     ({"prompt": Q, "chosen": {"from": "gpt", "value": GOOD}, "rejected": BAD}, "ShareGPT: rename"),
     ({"prompt": Q, "chosen": None, "rejected": BAD}, "a record without 'chosen'"),
     ({"prompt": Q, "chosen": said("Other?", GOOD), "rejected": BAD}, "before the last one of 'chosen' are not the prompt"),

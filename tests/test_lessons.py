@@ -20,8 +20,8 @@ CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 def test_each_exercise_is_red_on_its_blank_and_green_on_its_solution(words, outcome):
     """As `python -m pytest lessons` has it. Two exercises look at the first run of a reader."""
     folder, _ = first_run()
-    done = subprocess.run([sys.executable, "-m", "pytest", "lessons", "-rA", "-q", *words], cwd=folder, capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "lessons", "-rA", "-q", *words], cwd=folder,
+                          capture_output=True, text=True)
     found = re.findall(r"^(PASSED|FAILED|ERROR) \S+::test_(\d\d)_", done.stdout, re.MULTILINE)
     assert set(found) == {(outcome, name[:2]) for name in EXERCISES}, done.stdout
 

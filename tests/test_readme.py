@@ -78,8 +78,8 @@ def tokens_of_code(path):
 
 
 def numbers_anew(text):
-    """A page with the right numbers: `[what](file.py#L7 "name")`, since line 7 defines that name; and a script's tokens of
-    code, if they are off by more than 3 %."""
+    """A page with the right numbers: `[what](file.py#L7 "name")`, since line 7 defines that name; and a script's tokens
+    of code, if they are off by more than 3 %."""
     def line_of(found):
         file, _, name = found.groups()
         lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
@@ -136,9 +136,11 @@ def print_bench(found):
 PRINTERS = {    # file of results -> how its tables are printed
     "first-run": print_run, "smollm2-run": print_run, "miniature": print_real, "figure3-smollm2": print_real,
     "ways": lambda found: print_all(found["all seeds"].values(), ["y+", "yo", "y-", "accuracy", "y+ over yo"]),
-    "step1": lambda found: print_all([found["rows"]]), "study": lambda found: study.print_tables(found["runs"], found["rounds"]),
+    "step1": lambda found: print_all([found["rows"]]),
+    "study": lambda found: study.print_tables(found["runs"], found["rounds"]),
     "bench-memory": lambda found: print_all(found["tables"], ["extra GiB"]), **dict.fromkeys(
-        ["bench", "bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling", "bench-smollm2-step1", "bench-toy"], print_bench)}
+        ["bench", "bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling", "bench-smollm2-step1", "bench-toy"],
+        print_bench)}
 
 
 def results_of(name):
@@ -283,11 +285,13 @@ def small_study(monkeypatch):
     """The study with a grid of one cell, in forks of this process, from the base model that is there."""
     get_context = multiprocessing.get_context
     small = load_toml(ROOT / "lab/study.toml")
-    small |= {"search_seeds": [6], "search_rounds": 1, "grid": dict.fromkeys(small["grid"], [{"lr": 1e-3, "epochs": 1}])}
+    small |= {"search_seeds": [6], "search_rounds": 1}
+    small["grid"] = dict.fromkeys(small["grid"], [{"lr": 1e-3, "epochs": 1}])
     for name in ("best", "default"):
         small[name] = dict.fromkeys(small[name], [0, 0])
     small["rewards"] = dict.fromkeys(small["rewards"], ["base/responses.jsonl"])
-    monkeypatch.setattr("plumbing.recipes.load_toml", lambda path: small if Path(path).name == "study.toml" else load_toml(path))
+    monkeypatch.setattr("plumbing.recipes.load_toml",
+                        lambda path: small if Path(path).name == "study.toml" else load_toml(path))
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: get_context("fork"))
     monkeypatch.setattr(world, "build", lambda out, *args: shutil.copytree(TOY_BASE, out))
 
@@ -305,7 +309,8 @@ def test_every_other_command(place, qwen3, small_study, monkeypatch, capsys):
     commands = [line for line in COMMANDS if not line.startswith(SKIPPED)]
     assert len(commands) > 20
     for line in commands:
-        for number, few in (("--seeds 5", "--seeds 1"), ("--rounds 6", "--rounds 1"), ("128", "8"), ("1024", "8"), ("--queries 32", "--queries 2")):
+        for number, few in (("--seeds 5", "--seeds 1"), ("--rounds 6", "--rounds 1"), ("128", "8"), ("1024", "8"),
+                            ("--queries 32", "--queries 2")):
             line = line.replace(number, few)
         if "Qwen/" in line or "models/smollm2" in line:
             line = line.replace("Qwen/Qwen2.5-0.5B-Instruct", str(qwen3))

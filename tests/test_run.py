@@ -25,8 +25,8 @@ from plumbing.recipes import change
 from plumbing.records import UserError, read_json, read_jsonl
 from toy import world
 
-SMALL = ("--set principles.max_new_tokens=6 --set responses.max_new_tokens=6 --set generator.lr=1e-3 --set policy.lr=1e-3 "
-         "--set policy.batch_size=3 --set generator.batch_size=2")
+SMALL = ("--set principles.max_new_tokens=6 --set responses.max_new_tokens=6 --set generator.lr=1e-3 "
+         "--set policy.lr=1e-3 --set policy.batch_size=3 --set generator.batch_size=2")
 FEW = change(TOY, principles={"max_new_tokens": 24}, responses={"max_new_tokens": 8}, generator={"epochs": 1})
 
 
@@ -81,7 +81,8 @@ def assert_made_of(out, checkpoint):
     made_of = {"principles.jsonl": (checkpoint, "queries.jsonl"), "responses.jsonl": (checkpoint, "principles.jsonl"),
                "generator": (checkpoint, "responses.jsonl"), "pairs.jsonl": (out / "generator", "responses.jsonl"),
                "policy": (checkpoint, "pairs.jsonl"), "pbaa": (checkpoint, "responses.jsonl"),
-               "answers_base.jsonl": (checkpoint, "heldout.jsonl"), "answers_PBAA.jsonl": (out / "pbaa", "heldout.jsonl"),
+               "answers_base.jsonl": (checkpoint, "heldout.jsonl"),
+               "answers_PBAA.jsonl": (out / "pbaa", "heldout.jsonl"),
                "answers_SSO.jsonl": (out / "policy", "heldout.jsonl")}
     for name, (model, data) in made_of.items():
         assert {named(model), named(out / data)} < set(map(str, note(out / name).values())), name
@@ -148,7 +149,8 @@ def test_without_a_model_the_toy_world_is_run_in_rounds_each_from_the_policy_bef
         assert note(folder / "principles.jsonl")["model"] == named(writer)
         assert note(folder / "pairs.jsonl")["model"] == named(folder / "generator")
         measures = evaluation.measure_pairs(folder / "pairs.jsonl", before, None, FEW)      # under the policy before
-        assert report[f"SSO {number}"]["p(rejected)"]["mean"] == pytest.approx(measures["p(rejected)"]["mean"], rel=1e-4)
+        assert report[f"SSO {number}"]["p(rejected)"]["mean"] == pytest.approx(measures["p(rejected)"]["mean"],
+                                                                               rel=1e-4)
         before = folder / "policy"
     assert note(out / "round1/generator")["lr"] == 6e-4             # of recipes/toy.toml
     grades = [world.grade(record["prompt"][0]["content"], record["original"][0]["content"], record["original_finished"])
@@ -195,7 +197,8 @@ def test_what_is_trained_on_is_looked_at_before_and_reported_as_the_measures_hav
 @pytest.mark.parametrize("objective, originals, terms", [
     ("policy", 4, None), ("original", 10, None), ("plain", 4, None),        # of all queries where the policy needs yo
     ("plus", 4, {"L+"}), ("eq3", 4, {"L+", "L-"})])
-def test_an_objective_trains_the_generator_or_without_one_the_policy(objective, originals, terms, tmp_path, monkeypatch):
+def test_an_objective_trains_the_generator_or_without_one_the_policy(objective, originals, terms, tmp_path,
+                                                                     monkeypatch):
     """`plain` is one of our own: under x say y- rather than y+."""
     monkeypatch.setitem(sso.PAIRS, "plain", {"C": sso.Pair("original", winner="bad", loser="good")})
     recipe = change(FEW, generator={"examples": 4, "base_loss": "ipo"}, policy={"base_loss": "ipo"})
@@ -249,7 +252,8 @@ def test_a_recipe_and_principles_by_hand_reach_every_stage_and_a_flag_overrides_
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text(RECIPE)
     queries = write_queries(tmp_path, 12)
-    run_here("python -m toy.world principles --world on-policy --queries q.jsonl --out written.jsonl --seed 1", monkeypatch)
+    run_here("python -m toy.world principles --world on-policy --queries q.jsonl --out written.jsonl --seed 1",
+             monkeypatch)
     run_here(f"python run.py --model {TOY_BASE} --queries {queries} --recipe mine.toml --principles written.jsonl "
              "--out run --set policy.lr=4e-3", monkeypatch)
     out = tmp_path / "run"
@@ -280,7 +284,8 @@ def test_held_out_queries_of_another_run_make_the_tables_comparable(tmp_path):
     used = set(texts(second / "queries.jsonl", "prompt"))
     assert len(used) >= 10 and not used & set(texts(first / "heldout.jsonl", "prompt"))
     held = write_jsonl(tmp_path / "h.jsonl", [{"prompt": "sort these words : plum fox axe red"}])
-    with pytest.raises(UserError, match="made with heldout = 'heldout.jsonl with content .*, not 'h.jsonl with content"):
+    with pytest.raises(UserError,
+                       match="made with heldout = 'heldout.jsonl with content .*, not 'h.jsonl with content"):
         small_run(tmp_path, heldout=held, **how)
 
 
@@ -338,7 +343,7 @@ def first_missing(folder):
 
 
 def kill(process, folder, stage, delay):
-    """Kill a run so many seconds after a stage began, a training among its steps. Whether it had not come to its end."""
+    """Kill a run some seconds after a stage began, a training among its steps. Whether it had not come to its end."""
     if OUTPUTS[stage].endswith("config.json"):
         ready = folder / Path(OUTPUTS[stage]).parent.with_suffix(".partial") / "checkpoint.pt"
         delay /= 4
@@ -364,14 +369,14 @@ def results(folder):
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    """In each of its stages at a moment drawn at random. SSO_KILLS=10 kills ten times a stage, by moments of its own."""
+    """In each of its stages at a random moment. SSO_KILLS=10 kills ten times a stage, at other moments each time."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     kills = int(os.environ.get("SSO_KILLS", 1))
     seed = random.randrange(2**32) if kills > 1 else 0
     rng = random.Random(seed)
-    words = (f"--model {TOY_BASE} --queries {write_queries(tmp_path, 20)} --recipe {world.RECIPE} --grader {world.__file__} "
-             "--set principles.batch_size=4 --set responses.batch_size=4 --set generator.batch_size=4 "
-             "--set generator.epochs=2 --set policy.batch_size=4")
+    words = (f"--model {TOY_BASE} --queries {write_queries(tmp_path, 20)} --recipe {world.RECIPE} "
+             f"--grader {world.__file__} --set principles.batch_size=4 --set responses.batch_size=4 "
+             "--set generator.batch_size=4 --set generator.epochs=2 --set policy.batch_size=4")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     began = time.time()
     process = start(whole, words)

@@ -329,6 +329,8 @@ def make_records(seed=0, rounds=1):
 
 def principles(queries, world, out, seed: int = 0):
     """Write principles of a control world, by hand."""
+    if world not in WORLDS:
+        raise UserError(f"--world '{world}' is none of {', '.join(WORLDS)}")
     texts = [record["prompt"][0]["content"] for record in read_queries(queries)]
     write_text(out, as_lines([write_principles(text, world, seed) for text in texts]))
 
