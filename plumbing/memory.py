@@ -5,7 +5,6 @@ same."""
 import contextlib
 import ctypes
 import gc
-import math
 import os
 import re
 from pathlib import Path
@@ -50,16 +49,11 @@ def group_bytes():
     return left
 
 
-def give_back():
-    """Let the system have what this process has freed. The C library of Linux keeps it: gigabytes,
-    after a training."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def free_bytes():
     """Memory that this process may still take, of the card if there is one."""
+    # The C library of Linux keeps what the process has freed: gigabytes, after a training.
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + kept
@@ -82,17 +76,14 @@ def token_bytes(chat, example, recompute):
     """What a padded token keeps until the backward pass. Measured over one forward pass of an
     example, cut to 1,024 tokens a row."""
     short = [sso.Pair(pair.prompt[:512], pair.winner[:256], pair.loser[:256]) for pair in example]
-    own = {parameter.untyped_storage().data_ptr() for parameter in chat.model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor,
+                                                  lambda tensor: tensor):
         logps, _ = chat.pair_logps(chat.model, [short], chat.pad_id)
+    own = {parameter.untyped_storage().data_ptr() for parameter in chat.model.parameters()}
+    storages = [tensor.untyped_storage() for tensor in saved]
+    kept = {storage.data_ptr(): storage.nbytes() for storage in storages
+            if storage.data_ptr() not in own}
     total = sum(kept.values())
     config = chat.model.config.get_text_config()
     if recompute:       # then only the inputs of all layers are kept, and what one layer keeps
@@ -111,14 +102,12 @@ def plan(chat, examples, settings):
     weights = sum(parameter.nbytes for parameter in chat.model.parameters())
     longest = max(examples, key=padded)
     least = padded(longest)
-    each = math.nan     # where the setting says how many tokens, nothing is measured
-    if not settings["micro_batch_tokens"]:
-        each = token_bytes(chat, longest, settings["recompute_layers"])
+    each = token_bytes(chat, longest, settings["recompute_layers"])
     # Weights, gradients, AdamW's two states; gradients of embedding and head; on CUDA also the
     # weights in bf16.
     fixed = 4 * weights + 4 * chat.model.get_input_embeddings().weight.nbytes
     fixed += torch.cuda.is_available() * weights // 2
-    give_back()
+    gc.collect()
     free = free_bytes() + weights
     room = SHARE * free - fixed
     budget = settings["micro_batch_tokens"]

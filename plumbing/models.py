@@ -131,8 +131,6 @@ def inspect_chat(path, probes=(), auto_class=AutoModelForCausalLM, **options):
                             f"and its embedding has {rows} rows: resize it "
                             "(resize_token_embeddings), or take the tokenizer that belongs to it")
         needed = 4 * model.num_parameters()
-        if needed > memory.free_bytes():
-            memory.give_back()
         free = memory.free_bytes()
         if needed > free:
             raise UserError(f"it takes {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} GB are "

@@ -60,7 +60,8 @@ class Output:
 
     def is_complete(self):
         """Whether it is there. UserError if it, or its beginning, was made from something else."""
-        begun = [path for path in (self.path, self.partial) if holds_something(path)]
+        begun = [path for path in (self.path, self.partial) if path.is_file() or
+                 path.is_dir() and any(path.iterdir())]         # an empty folder is none
         if not begun:
             return False
         if not self.note_path.exists():
@@ -83,12 +84,6 @@ class Output:
     def write_note(self):
         """To be called once the inputs have proved good, before anything else is written."""
         write_text(self.note_path, json.dumps(self.note, indent=1))
-
-
-def holds_something(path):
-    if path.is_dir():
-        return any(path.iterdir())
-    return path.exists() and path.stat().st_size > 0
 
 
 # ---- A file that grows ---------------------------------------------------------------------------

@@ -49,13 +49,13 @@ def resident_bytes():
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"),
                     reason="another C library than glibc")
-def test_what_was_freed_is_given_back():
+def test_what_was_freed_is_free():
     """Blocks below one that stays are kept by the C library, as activations are after a training."""
     blocks = [bytearray(b"x" * 60_000) for _ in range(4000)]
     last = blocks[-1]
     del blocks[:]
     before = resident_bytes()
-    memory.give_back()
+    memory.free_bytes()
     assert before - resident_bytes() > 200e6 and last
 
 
@@ -150,7 +150,7 @@ def test_the_plan_holds_what_weights_gradients_and_adamw_really_take(chat, examp
 def test_the_budget_grows_with_memory_from_the_longest_example_up(chat, examples, monkeypatch, capsys):
     longest = max(map(memory.padded, examples))
     budgets = []
-    monkeypatch.setattr(memory, "give_back", lambda: None)          # it takes half a second
+    monkeypatch.setattr(memory.gc, "collect", lambda: None)         # it takes half a second
     for free in range(2, 200, 6):
         monkeypatch.setattr(memory, "free_bytes", lambda: free * 10**6)
         try:
