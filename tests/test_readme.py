@@ -139,7 +139,7 @@ PRINTERS = {    # file of results -> how its tables are printed
     "step1": lambda found: print_all([found["rows"]]),
     "study": lambda found: study.print_tables(found["runs"], found["rounds"]),
     "bench-memory": lambda found: print_all(found["tables"], ["extra GiB"]), **dict.fromkeys(
-        ["bench", "bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling", "bench-smollm2-step1", "bench-toy"],
+        ["bench", "bench-trl", "bench-smollm2-trl"],
         print_bench)}
 
 
