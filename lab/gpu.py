@@ -19,6 +19,7 @@ from lab import bench, results
 from plumbing import command, memory, sampling
 from plumbing.models import device
 from plumbing.recipes import stage_settings
+from plumbing.records import UserError
 from plumbing.scoring import score
 from plumbing.tables import print_table
 
@@ -42,15 +43,15 @@ def work(shape):
     return chat, bench.workload(QUERIES, chat)
 
 
-def log_probs():
-    """Rows of a table: each form of log-probs, in the precision of training."""
+def log_probs(name):
+    """A row of a table: one form of log-probs and their gradient, in the precision of training."""
     chat, examples = work(SHAPES[0])
     with torch.no_grad():
         plain = [sso.pair_logps(chat.model, [example], 0)[0] for example in examples]
-    rows = bench.measure(bench.forms(chat, examples), 3)
-    for row, form in zip(rows.values(), bench.FORMS.values()):
-        logps, _ = score(chat, examples, 1, form)
-        row["difference"] = f"{(logps / torch.cat(plain, 2) - 1).abs().max():.1e}"
+    row = f"gradient, {name}"
+    rows = bench.measure({row: bench.forms(chat, examples)[row]}, 3)
+    logps, _ = score(chat, examples, 1, bench.FORMS[name])
+    rows[row]["difference"] = f"{(logps / torch.cat(plain, 2) - 1).abs().max():.1e}"
     return rows
 
 
@@ -102,16 +103,19 @@ def generator_step(shape, recipe, peak, limit=None):
 
 
 def gpu(recipe, results_file=None):
-    """Measure all of it. The table grows, so that what is measured is kept if the rest fails."""
+    """Measure all of it. The table grows, and what fails is printed and left out."""
     matrix = torch.randn(SIZE, SIZE, device=device, dtype=torch.bfloat16)
     rows = bench.measure({"matrix product": lambda: matrix @ matrix}, 5)
     peak = 2 * SIZE ** 3 / rows["matrix product"]["s"]
-    parts = [log_probs, decoding]
+    parts = [partial(log_probs, name) for name in bench.FORMS] + [decoding]
     for shape in SHAPES:
         parts.append(partial(generator_step, shape, recipe, peak))
     parts.append(partial(generator_step, SHAPES[0], recipe, peak, 16e9))
     for part in parts:
-        rows |= part()
+        try:
+            rows |= part()
+        except (RuntimeError, UserError) as error:      # memory ran out; a head knows no bf16
+            print(f"{part}: {error}")
         print(f"{device}, peak {peak / 1e12:.3g} TFLOP/s")
         print_table(rows, COLUMNS)
         if results_file:

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import signal
 import statistics
 import sys
 from collections import ChainMap
@@ -286,6 +285,10 @@ def test_the_search_tries_every_cell_and_takes_the_best_over_its_seeds(monkeypat
 
 # ---- The study itself ----------------------------------------------------------------------------
 
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
 def test_the_study_in_small_continues(tmp_path, monkeypatch):
     """Interrupted at its first reward model; then it is whole, and nothing was made twice. Every table has its cells."""
@@ -297,7 +300,7 @@ def test_the_study_in_small_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "build", lambda out, *args, **options: shutil.copytree(TOY_BASE, out))
     cells = list((study.STUDY["best"] | study.STUDY["default"]).items())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reward, "load_reward", lambda path: signal.raise_signal(signal.SIGINT))
+        patch.setattr(reward, "load_reward", interrupt)
         study.run_seed(tmp_path, None, cells, 1, 1)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert len(made) > 30
