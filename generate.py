@@ -49,7 +49,8 @@ def principles(model, queries, out, recipe, server=None):
     def make(batch):
         seeds = [f"{settings['seed']} principles {i}" for i in batch]
         pairs, tokens = write(chat, [asked[i] for i in batch], seeds, settings, prompts)
-        return [with_principles(records[i], *pair, prompts) for i, pair in zip(batch, pairs)], tokens
+        made = [with_principles(records[i], *pair, prompts) for i, pair in zip(batch, pairs)]
+        return made, tokens
 
     made = grow(out, records, make, *sampling.sizes(chat, settings))
     print_counts(out, made)

@@ -3,7 +3,7 @@
 ROLES = ("system", "user", "assistant")
 PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")      # of Alpaca, Orca, ...
 CONTEXT_NAMES = ("input", "context")        # the second half of a prompt: Alpaca's, Dolly's
-CONVERSATIONS = ("messages", "conversation")                # with the answer: UltraFeedback, WildChat
+CONVERSATIONS = ("messages", "conversation")        # with the answer: UltraFeedback, WildChat
 
 # Formats that do not fit: a column that gives one away, its name, and Python that makes a record r
 # fit.
@@ -23,14 +23,14 @@ FOREIGN = {
 }
 HH_SIGN = "\n\nHuman:"
 HH = ("the text format of HH-RLHF; for each record r: r['prompt'] = r['chosen'].rpartition("
-      "'\\n\\nAssistant:')[0].removeprefix('\\n\\nHuman:').strip(); for c in ('chosen', 'rejected'): "
-      "r[c] = r[c].rpartition('\\n\\nAssistant:')[2].strip()   (of several turns, make a list of "
+      "'\\n\\nAssistant:')[0].removeprefix('\\n\\nHuman:').strip(); for c in ('chosen', "
+      "'rejected'): r[c] = r[c].rpartition('\\n\\nAssistant:')[2].strip()   (of several turns, make a list of "
       "messages)")
 
 
 def unify(record, columns):
-    """Give a record its prompt, and make lists of messages of its prompt and of the response columns
-    that are used. ValueError says what does not fit, and how to make it fit."""
+    """Give a record its prompt, and make lists of messages of its prompt and of the response
+    columns that are used. ValueError says what does not fit, and how to make it fit."""
     for name in ("prompt", *columns, *PROMPT_NAMES, *CONVERSATIONS):
         if record.get(name, "") is None:
             del record[name]
@@ -86,8 +86,8 @@ def as_messages(column, value):
     messages = []
     for message in value:
         if isinstance(message, dict) and "from" in message:
-            raise ValueError(f"{column!r} is in the format of ShareGPT: rename 'from' and 'value' to "
-                             "'role' and 'content', human to user, gpt to assistant")
+            raise ValueError(f"{column!r} is in the format of ShareGPT: rename 'from' and 'value' "
+                             "to 'role' and 'content', human to user, gpt to assistant")
         content = isinstance(message, dict) and message.get("content")
         if isinstance(content, list):
             content = joined(column, content)
@@ -102,8 +102,8 @@ def as_messages(column, value):
         raise ValueError("the last message of 'prompt' is empty")
     wanted = "user" if column == "prompt" else "assistant"
     if last["role"] != wanted:
-        raise ValueError(f"the last message of {column!r} is of the {last['role']}; it has to be of "
-                         f"the {wanted}")
+        raise ValueError(f"the last message of {column!r} is of the {last['role']}; it has to be "
+                         f"of the {wanted}")
     if last["content"].startswith(HH_SIGN):
         raise ValueError(f"{column!r} is in {HH}")
     return messages

@@ -1,4 +1,4 @@
-"""A chat model with what goes with it: what cannot work is refused before the weights are loaded."""
+"""A chat model with what goes with it. What cannot work is refused before weights are loaded."""
 
 import contextlib
 import inspect

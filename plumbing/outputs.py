@@ -142,8 +142,8 @@ def grow(out, records, make, batch_size, workers=1):
             bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
             bar.update(len(batch))
     if failures:
-        raise UserError(f"{len(records) - len(done)} of {len(records)} records are not made yet; the "
-                        f"first failure: {failures[0]}; the same command asks for these alone")
+        raise UserError(f"{len(records) - len(done)} of {len(records)} records are not made yet; "
+                        f"the first failure: {failures[0]}; the same command asks for these alone")
     in_order = [done[i] for i in range(len(records))]
     write_text(out, as_lines(in_order))
     partial.unlink()
@@ -161,7 +161,8 @@ def write_queries(out, folders, queries, heldout, settings, inputs):
     settings = settings | {"rounds": len(folders)}
     inputs = {name: path for name, path in inputs.items() if path}
     outputs = [Output(path, settings, inputs) for path in parts]
-    there = [output.is_complete() for output in outputs]        # all are looked at before one is made
+    # All are looked at before one is made.
+    there = [output.is_complete() for output in outputs]
     for output, is_there, records in zip(outputs, there, parts.values()):
         if not is_there:
             output.write_note()

@@ -66,7 +66,7 @@ def labelled(text, prompts=sso.PROMPTS):
     found = []
     for part in re.split("{bad}|{good}", form)[:2]:
         label = re.escape(part.strip(" :#\n"))
-        found.append(re.search(rf"\b{label}[*_\s]*(:|$)[*_\s]*", text, re.IGNORECASE | re.MULTILINE))
+        found.append(re.search(rf"(?im)\b{label}[*_\s]*(:|$)[*_\s]*", text))
     if not all(found) or found[0].end() > found[1].start():
         return None, None
     bad = text[found[0].end():found[1].start()]

@@ -1,4 +1,4 @@
-"""Records on disk: JSONL files of queries, principles, responses and pairs, read, checked, written."""
+"""Records on disk: JSONL files of queries, principles, responses and pairs, read and written."""
 
 import json
 import math
@@ -19,8 +19,8 @@ class UserError(ValueError):
 # ---- Reading -------------------------------------------------------------------------------------
 
 def read_jsonl(path, needs=("prompt",), uses=RESPONSES):
-    """The records of a JSONL file. Each has the texts `needs`. Its prompt, and the responses that it
-    `uses`, become lists of messages. UserError names the file and the line."""
+    """The records of a JSONL file. Each has the texts `needs`. Its prompt, and the responses that
+    it `uses`, become lists of messages. UserError names the file and the line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     # Bytes and not splitlines(), which also splits at separators that a text may hold.
@@ -64,8 +64,8 @@ def read_queries(path):
     records = {}
     for number, record in enumerate(read_jsonl(path, uses=()), 1):
         if [message["role"] for message in record["prompt"]] != ["user"]:
-            raise UserError(f"{path}, line {number}: a query is one user message, or a string; of a "
-                            "conversation r the first turn: r[0]['content']")
+            raise UserError(f"{path}, line {number}: a query is one user message, or a string; of "
+                            "a conversation r the first turn: r[0]['content']")
         records.setdefault(record["prompt"][0]["content"], record)
     if len(records) < number:
         print(f"{path}: {number - len(records)} duplicate queries are left out")
