@@ -369,7 +369,8 @@ def test_an_interrupted_training_continues_to_the_same_weights(data, tmp_path, m
 def test_a_command_that_was_stopped_continues_to_the_same_weights(data, tmp_path, stop):
     line = f"train.py generator --model {TOY_BASE} --data {data} --recipe {world.RECIPE} --set generator.batch_size=4"
     process = subprocess.Popen([sys.executable, *line.split(), "--out", tmp_path / "a"], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True,       # Ctrl-C reaches it, also under nohup
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not ((tmp_path / "a.partial/log.jsonl").exists() and len(log(tmp_path / "a.partial")) > 2):
         time.sleep(0.02)
         assert process.poll() is None
