@@ -65,7 +65,7 @@ def decoding():
 
         def choose(logits, rows):
             return sampling.draw(logits, [randoms[i] for i in rows], temperature, top_p=0.8)
-        return sampling.decode(chat, prompts, choose, lambda ids: len(ids) == NEW)
+        return sampling.decode(chat, prompts, choose, lambda i, ids: len(ids) == NEW)
 
     alone = [decode([prompt])[0] for prompt in prompts]
     equal = sum(a == b for a, b in zip(decode(prompts), alone))

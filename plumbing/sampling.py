@@ -37,7 +37,7 @@ def load_sampler(path, server=None, probes=()):
 @torch.no_grad()
 def decode(chat, prompts, choose, is_over, shared=0):
     """An answer to each of N prompts, as lists of token ids. choose(logits (rows, V), their
-    prompts' numbers) gives the next tokens (rows,); is_over(ids) ends an answer. The first `shared`
+    prompts' numbers) gives the next tokens (rows,); is_over(i, ids) ends an answer. The first `shared`
     tokens of all prompts are the same, and are read once."""
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), chat.pad_id)      # (N, T): shared, padding, own
@@ -66,7 +66,7 @@ def decode(chat, prompts, choose, is_over, shared=0):
         for i, token in zip(rows, tokens.tolist()):
             if not over[i]:
                 answers[i].append(token)
-                over[i] = is_over(answers[i])
+                over[i] = is_over(i, answers[i])
         live = [row for row, i in enumerate(rows) if not over[i]]
         if not live:
             return answers
@@ -128,11 +128,11 @@ def reads_shared_prefix(chat):
         return logits.argmax(1)
 
     try:
-        decode(chat, prompts, choose, bool, shared=len(prefix))
+        decode(chat, prompts, choose, lambda i, ids: True, shared=len(prefix))
     except Exception:           # of any kind: its cache is of another kind
         return False
     for prompt in prompts:
-        decode(chat, [prompt], choose, bool)
+        decode(chat, [prompt], choose, lambda i, ids: True)
     tolerance = {torch.float32: 1e-3}.get(chat.model.dtype, 0.2)        # in nats
     return torch.allclose(seen[0], torch.cat(seen[1:]), rtol=0, atol=tolerance)
 
@@ -149,9 +149,10 @@ def sizes(chat, settings):
     return settings["batch_size"], 1
 
 
-def encode(chat, messages):
-    """The token ids of a prompt. UserError if the model's context has no room behind it."""
-    ids = sso.encode_prompt(chat.tokenizer, messages)
+def encode(chat, messages, begun=""):
+    """The token ids of a prompt, with the beginning of its answer. UserError if the model's context
+    has no room behind it."""
+    ids = sso.encode_prompt(chat.tokenizer, messages) + chat.tokenizer(begun).input_ids
     if len(ids) >= chat.context:
         raise UserError(f"a prompt of {len(ids)} tokens leaves no room in the model's context of "
                         f"{chat.context}; it ends with {messages[-1]['content'][-60:]!r}")
@@ -179,15 +180,15 @@ def sample(chat, prompts, seeds, settings, begun=None, end=None):
         return Sampled(*servers.sample(chat, prompts, seeds, settings))
     encoded = []
     for messages, text in zip(prompts, begun or [""] * len(prompts)):
-        encoded.append(encode(chat, messages) + chat.tokenizer(text).input_ids)
+        encoded.append(encode(chat, messages, text))
     randoms = [random.Random(seed) for seed in seeds]
-    limit = min(settings["max_new_tokens"], chat.context - max(map(len, encoded)))
+    limits = [min(settings["max_new_tokens"], chat.context - len(ids)) for ids in encoded]
 
     def choose(logits, rows):
         return draw(logits, [randoms[i] for i in rows], settings["temperature"], settings["top_p"])
 
-    def is_over(ids):
-        if ids[-1] in chat.stop_ids or len(ids) >= limit:
+    def is_over(i, ids):
+        if ids[-1] in chat.stop_ids or len(ids) >= limits[i]:
             return True
         return bool(end) and end in chat.tokenizer.decode(ids).lstrip()
 

@@ -34,6 +34,7 @@ class Server:
         self.said = set()               # warnings, each printed once
         self.places = AT_ONCE           # requests that may be under way
         self.room = threading.Semaphore(AT_ONCE)
+        self.lock = threading.Lock()
 
     def say(self, text):
         if text not in self.said:
@@ -47,8 +48,10 @@ class Server:
             sent.pop(None, None)
             answer = self.client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, **sent)
-        if answer.retries_taken and self.places > 1:
-            self.places -= 1
+        with self.lock:
+            fewer = answer.retries_taken > 0 and self.places > 1
+            self.places -= fewer
+        if fewer:
             self.room.acquire()
         return answer.parse()
 

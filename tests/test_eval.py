@@ -216,7 +216,8 @@ def test_a_critic_sees_so_many_comparisons_and_the_rest_is_of_all(tmp_path):
     ((0.9, 0.03), (0.7, 0.03), "steerable"), ((0.9, 0.03), (0.45, 0.03), "steerable"),
     ((0.9, 0.03), (0.43, 0.03), "yo is better than y+"), ((0.9, 0.03), None, "steerable"),
     ((0.56, 0.03), (0.7, 0.03), "pairs at chance"), ((0.57, 0.03), (0.7, 0.03), "steerable"),
-    ((0.5, 0.0), (0.1, 0.0), "pairs at chance"), (None, None, "whether y+ is better than y- is not known: give --grader")])
+    ((0.5, 0.0), (0.1, 0.0), "pairs at chance"),
+    (None, None, "whether y+ is better than y- is not known: give --grader")])
 def test_the_preflight_says_what_follows_from_two_standard_errors(accuracy, over_original, says):
     measures = {}
     for name, value in (("accuracy", accuracy), ("y+ over yo", over_original)):
@@ -264,11 +265,13 @@ def answers(path, *texts, queries=QUERIES, **others):
 
 def test_the_measures_of_policies_by_hand(tmp_path):
     """Quality by the grader; a win, a tie and a loss against the answers of the first file."""
-    paths = {"a": answers(tmp_path / "a", RIGHT[0], WRONG[1], RIGHT[2]), "b": answers(tmp_path / "b", RIGHT[0], RIGHT[1], ""),
+    paths = {"a": answers(tmp_path / "a", RIGHT[0], WRONG[1], RIGHT[2]),
+             "b": answers(tmp_path / "b", RIGHT[0], RIGHT[1], ""),
              "c": answers(tmp_path / "c", *WRONG, original_finished=False)}
-    expected = {"a": {"quality": [1.0, 0.0, 1.0], "win rate": [0.5, 0.5, 0.5], "words": [5, 2, 3], "finished": [1.0] * 3},
-                "b": {"quality": [1.0, 1.0, 0.0], "win rate": [0.5, 1.0, 0.0], "words": [5, 5, 0], "finished": [1.0] * 3},
-                "c": {"quality": [0.45, 0.0, 0.45], "win rate": [0.0, 0.5, 0.0], "words": [5, 2, 2], "finished": [0.0] * 3}}
+    expected = {
+        "a": {"quality": [1.0, 0.0, 1.0], "win rate": [0.5, 0.5, 0.5], "words": [5, 2, 3], "finished": [1.0] * 3},
+        "b": {"quality": [1.0, 1.0, 0.0], "win rate": [0.5, 1.0, 0.0], "words": [5, 5, 0], "finished": [1.0] * 3},
+        "c": {"quality": [0.45, 0.0, 0.45], "win rate": [0.0, 0.5, 0.0], "words": [5, 2, 2], "finished": [0.0] * 3}}
     rows = evaluation.measure_answers(paths, GRADER)
     for name, measures in expected.items():
         assert rows[name] == {"answers": 3} | {key: stat(values) for key, values in measures.items()}, name

@@ -106,7 +106,7 @@ def test_rows_whose_answers_are_over_leave_once_they_are_more_than_a_quarter(toy
         step = len(shapes)
         return torch.tensor([2 if lengths[i] <= step else 10 + i for i in rows])
 
-    answers = decode(toy_chat, [[5, 6], [7]] * 4, choose, lambda ids: ids[-1] == 2)
+    answers = decode(toy_chat, [[5, 6], [7]] * 4, choose, lambda i, ids: ids[-1] == 2)
     assert answers == [[10 + i] * (length - 1) + [2] for i, length in enumerate(lengths)]
     assert shapes == [(8, 2), (8, 1), (8, 1), (5, 1), (5, 1), (3, 1), (2, 1), (1, 1)]
 
@@ -172,7 +172,8 @@ def test_principles_from_a_file_are_the_querys_own_or_two_general_ones(tmp_path,
     write_jsonl(tmp_path / "w.jsonl", [*general, own])
     drawn = []
     for seed in (0, 1):
-        run_here(f"python generate.py written --queries q.jsonl --principles w.jsonl --out p{seed} --seed {seed}", monkeypatch)
+        run_here(f"python generate.py written --queries q.jsonl --principles w.jsonl --out p{seed} --seed {seed}",
+                 monkeypatch)
         first, *rest = read_jsonl(f"p{seed}")
         assert first.items() > {"good_principle": "mine, good", "bad_principle": "mine, bad", "n": 1}.items()
         drawn.append([record["good_principle"] for record in rest])
@@ -305,7 +306,8 @@ def test_pairs_that_teach_nothing_are_skipped_in_training_and_counted(toy_data, 
     chat = load_chat(TOY_BASE)
     examples, skipped = read_examples(out, "policy", chat, 256)
     assert skipped == {"chosen equals rejected": 16, "empty response": 16}
-    assert [[chat.tokenizer.decode(ids) for ids in pair[1:]] for [pair] in examples] == [["axe <|im_end|>", "fox <|im_end|>"]] * 16
+    texts = {tuple(map(chat.tokenizer.decode, pair[1:])) for [pair] in examples}
+    assert texts == {("axe <|im_end|>", "fox <|im_end|>")}
 
 
 def test_an_example_of_several_terms_is_skipped_only_if_all_of_them_are_equal():
@@ -316,3 +318,16 @@ def test_an_example_of_several_terms_is_skipped_only_if_all_of_them_are_equal():
     assert teaches_nothing([same, same]) == "chosen equals rejected"
     assert teaches_nothing([same, other]) is teaches_nothing([other, same]) is None
     assert teaches_nothing([other, pair("a", " ")]) == teaches_nothing([pair("\n", "b"), other]) == "empty response"
+
+
+def test_near_the_context_an_answer_does_not_depend_on_a_longer_prompt_beside_it(toy_chat):
+    """Each prompt has its own room; and what an answer begins with counts as a part of its prompt."""
+    short, long = ([{"role": "user", "content": text}] for text in (
+        "sort these words : plum axe red fox", "sort these words : " + "fox " * 20))
+    settings = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 24}
+    alone, = sample(toy_chat, [short], ["0"], settings).responses
+    room = len(sso.encode_prompt(toy_chat.tokenizer, long)) + 3
+    beside, cut = sample(toy_chat._replace(context=room), [short, long], ["0", "0"], settings).responses
+    assert beside == alone and alone.finished and len(cut.text.split()) <= 3
+    with pytest.raises(UserError, match="leaves no room in the model's context"):
+        sample(toy_chat._replace(context=room), [long], ["0"], settings, ["fox fox fox"])

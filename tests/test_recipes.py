@@ -64,7 +64,8 @@ def test_every_recipe_that_is_shipped_can_be_used():
 
 @pytest.mark.parametrize("text, section, name, value", [
     ("policy.lr=1e-4", "policy", "lr", 1e-4), ("policy.lr=2", "policy", "lr", 2.0),
-    ("policy.base_loss=ipo", "policy", "base_loss", "ipo"), ("prompts.fallback_bad='7'", "prompts", "fallback_bad", "7"),
+    ("policy.base_loss=ipo", "policy", "base_loss", "ipo"),
+    ("prompts.fallback_bad='7'", "prompts", "fallback_bad", "7"),
     ("prompts.fallback_bad=x = y.z", "prompts", "fallback_bad", "x = y.z"),
     ('prompts.bad={user = "{principle}"}', "prompts", "bad", PAPER["prompts"]["bad"] | {"user": "{principle}"})])
 def test_a_setting_is_a_number_a_word_or_a_quoted_text(text, section, name, value):

@@ -120,8 +120,8 @@ def test_each_answer_is_asked_for_by_itself_with_its_own_seed_and_stands_by_its_
     assert len(stub.seen) == len(CHATS) and answers.tokens == 3 * len(CHATS) and stub.keys == {f"Bearer {SECRET}"}
     for request in stub.seen:
         number = CHATS.index(request["messages"])
-        assert request == {"messages": CHATS[number], "model": "large", "temperature": 0.7, "top_p": 0.8, "max_tokens": 9,
-                           "seed": zlib.crc32(SEEDS[number].encode()) >> 1,
+        assert request == {"messages": CHATS[number], "model": "large", "temperature": 0.7, "top_p": 0.8,
+                           "max_tokens": 9, "seed": zlib.crc32(SEEDS[number].encode()) >> 1,
                            "chat_template_kwargs": {"enable_thinking": False}}
         assert answers.responses[number] == (hashed(request)["choices"][0]["message"]["content"], True)
     assert arrived != sorted(arrived)
@@ -135,7 +135,8 @@ def test_each_answer_is_asked_for_by_itself_with_its_own_seed_and_stands_by_its_
 
 @pytest.mark.parametrize("answer, expected", [
     (said("half of", "length"), ("half of", False)), (said(None, "length"), ("", False)), (said(""), ("", True)),
-    (said("so", "content_filter"), ("so", False)), (said("so", "eos_token"), ("so", True)), (said("so", None), ("so", True)),
+    (said("so", "content_filter"), ("so", False)), (said("so", "eos_token"), ("so", True)),
+    (said("so", None), ("so", True)),
     (said("<think>\nhm</think>\n\nSo."), ("So.", True)), (said("<think>hm", "length"), ("", False))])
 def test_an_answer_is_finished_unless_it_was_cut_off_and_without_its_thinking(stub, large, capsys, answer, expected):
     stub.reply = lambda request: answer | {"usage": None}
@@ -192,8 +193,11 @@ WITH_KEY = {"error": {"message": f"your key\nis {SECRET}"}}
     ((404, WITH_KEY), "it knows no model 'large'; it has large, small"),
     ((500, WITH_KEY), r"Error code: 500.*your key.*is \.\.\."),
     ((400, {"error": {"message": "max_tokens: 4096 at most"}}), "Error code: 400.*4096 at most"),
-    ("<html>", "no answer: <html>"), ({}, "no answer: ChatCompletion.*choices=None"), ({"choices": [{}]}, "no answer: "), (said(None), "no answer: .*content=None"),
-    (said("\ud800"), "no answer: "), (said(None, "length", reasoning_content="hm"), "no answer, only its reasoning: raise max"),
+    ("<html>", "no answer: <html>"),
+    ({}, "no answer: ChatCompletion.*choices=None"), ({"choices": [{}]}, "no answer: "),
+    (said(None), "no answer: .*content=None"),
+    (said("\ud800"), "no answer: "),
+    (said(None, "length", reasoning_content="hm"), "no answer, only its reasoning: raise max"),
     (None, "disconnected|reset"),
 ])
 def test_what_goes_wrong_is_said_in_one_line_without_the_key(stub, large, reply, message):
@@ -216,7 +220,8 @@ def test_a_server_that_is_not_where_it_is_said_to_be(stub, monkeypatch):
 # ---- Files ---------------------------------------------------------------------------------------
 
 FORM = PAPER["prompts"]["principles"]
-SMALL = change(PAPER, prompts={"principles": FORM | {"examples": FORM["examples"][:2]}}, principles={"max_new_tokens": 2})
+SMALL = change(PAPER, prompts={"principles": FORM | {"examples": FORM["examples"][:2]}},
+               principles={"max_new_tokens": 2})
 
 
 def make_files(stub, folder, **other):
@@ -239,7 +244,7 @@ def test_what_fails_is_asked_for_again_alone_and_the_bytes_are_the_same(stub, tm
         return hashed(request)
 
     stub.reply = failing
-    with pytest.raises(UserError, match="2 of 7 records are not made yet; the first failure: --server .*Error code: 500"):
+    with pytest.raises(UserError, match="2 of 7 records are not made yet; the first failure: --server .*: 500"):
         make_files(stub, tmp_path / "half")
     assert (tmp_path / "half/principles.jsonl.partial").read_text().count("\n") == 5
     stub.reply = hashed
