@@ -5,12 +5,15 @@
         --out runs/miniature/1 --seed 1
     python -m lab.real ways --model models/smollm2 --principles runs/facts/principles.jsonl \\
         --grader lab/facts.py --out runs/ways/facts
+    python -m lab.real worlds --model models/qwen --strong models/qwen-1.5b --recipe recipes/qwen.toml \\
+        --out runs/worlds
 
 `base` teaches a chat model the toy world's tasks and principles in plain English, by a short
 supervised training. It then follows principles as the toy's base does, and this file grades its
 answers. `arms` runs PBAA, SSO, y+ over yo and L+ alone from one model (lab/arms.py).
 OUT/report.json has the measures of all arms, and the seconds and the peak memory of every step.
-`ways` compares ways of giving a principle.
+`ways` compares ways of giving a principle. `worlds` tries several kinds of query, with principles by
+hand, by the model and by a stronger one: where can this model steer itself?
 """
 
 import random
@@ -23,7 +26,7 @@ import eval as evaluation
 import generate
 import sso
 import train
-from lab import arms as lab_arms, results
+from lab import arms as lab_arms, code, facts, form, results
 from plumbing import command
 from plumbing.outputs import write_queries
 from plumbing.recipes import change, load_toml, read_recipe
@@ -33,6 +36,8 @@ from toy import world
 
 RECIPE = read_recipe(Path(__file__).with_name("miniature.toml"))
 WAYS = load_toml(Path(__file__).with_name("ways.toml"))
+# Tokens of an answer, at most, in each world.
+TOKENS = {"line": 64, "code": 128, "language": 48, "tone": 64, "facts": 32, "form": 64}
 ARMS = {"PBAA": "policy", "SSO": "sso", "y+ over yo": "original", "L+ only": "plus"}
 
 
@@ -134,5 +139,48 @@ def ways(model, principles, grader, recipe, out: Path):
     print_table(rows, ["y+", "yo", "y-", "accuracy", "y+ over yo"])
 
 
+# ---- Where can a model steer itself? -------------------------------------------------------------
+
+def write_world(name, out, count, seed):
+    """Write a world's files by its own program. Returns its grader."""
+    if name in form.WORLDS:
+        form.write(out, count, seed=seed, world=name)
+        return form.__file__
+    world = {"facts": facts, "code": code}[name]
+    world.write(out, count, seed=seed)
+    return world.__file__
+
+
+def worlds(model, recipe, out: Path, strong=None, names=",".join(TOKENS), count: int = 200):
+    """The preflight of a model on `count` queries of each world, with principles of several
+    writers."""
+    seed = recipe["run"]["seed"]
+    rows = {}
+    for name in names.split(","):
+        folder = out / name
+        critic, _ = evaluation.load_critic(grader=write_world(name, folder, count, seed))
+        own = change(recipe, responses={"max_new_tokens": TOKENS[name]})
+        plain = folder / "original.jsonl"
+        lab_arms.timed(generate.responses, model, folder / "queries.jsonl", plain, own,
+                       ("original",))
+        for writer, source in {"hand": folder / "principles.jsonl", "itself": model,
+                               "stronger": strong}.items():
+            if not source:
+                continue
+            principles = folder / writer / "principles.jsonl"
+            write = generate.principles
+            if writer == "hand":
+                write = generate.written
+            lab_arms.timed(write, source, plain, principles, own)
+            responses = folder / writer / "responses.jsonl"
+            lab_arms.timed(generate.responses, model, principles, responses, own, ("good", "bad"))
+            row = evaluation.measure_pairs(responses, model, critic, own)
+            row["verdict"] = evaluation.verdict(row)
+            rows[f"{name}, {writer}"] = row
+            results.write(out / "report.json", rows=rows, settings=own)
+    print_table(rows, ["y+", "yo", "y-", "accuracy", "y+ over yo", "p(chosen)", "p(original)",
+                       "p(rejected)", "verdict"])
+
+
 if __name__ == "__main__":
-    command.run(__doc__, base, arms, ways)
+    command.run(__doc__, base, arms, ways, worlds)

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 import sso
-from plumbing import memory
+from plumbing import memory, models
 from plumbing.recipes import PAPER, read_recipe, set_one
 from plumbing.records import UserError
 
@@ -98,6 +98,7 @@ def parse(description, functions, default_recipe):
         for text in args.pop("set") + [f"run.seed={seed}"] * (seed is not None):
             set_one(recipe, text)
         args["recipe"] = recipe
+        models.bf16_on_cpu = bool(recipe["run"]["bf16_on_cpu"])
     return function, args
 
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from plumbing.records import UserError, as_lines, read_json, write_text
 
-NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile", "logps")  # but for rounding
+# But for rounding.
+NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile", "logps", "bf16_on_cpu")
 MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.jinja", "*.model", "vocab*",
                "merges*", "special_tokens*", "generation_config.json")
 ENOUGH = 16     # failures: with so many a command ends
