@@ -41,11 +41,15 @@ def refuse(event, arguments):
 
 sys.addaudithook(refuse)        # there is no way to take it away again
 names = {"__name__": "answer"}
-exec(given["code"], names)
-for call, expected in given["calls"]:
-    if eval(call, names) != eval(expected, {"math": math, "collections": collections}):
-        sys.exit(1)
-sys.exit(%d)
+right = True
+try:
+    exec(given["code"], names)
+    for call, expected in given["calls"]:
+        right &= eval(call, names) == eval(expected, {"math": math, "collections": collections})
+except BaseException:           # SystemExit, too
+    right = False
+if right:
+    sys.exit(%d)
 """ % RIGHT
 
 

@@ -47,7 +47,8 @@ def parse(text):
     """The `Query` of a query's text; UserError if it is none of this world."""
     question, mark, demand = text.strip().partition("? ")
     question += mark.strip()
-    if question not in QUESTIONS + THINGS or demand not in DEMANDS:
+    questions = QUESTIONS + THINGS if demand else THINGS
+    if question not in questions or demand not in DEMANDS:
         raise UserError(f"{text[:60]!r} is not a query of lab/form.toml")
     return Query(question, demand, *DEMANDS[demand])
 
@@ -72,6 +73,10 @@ def grade(query, response, finished=True):
 
 # ---- The query files -----------------------------------------------------------------------------
 
+def kinds_of(world):
+    return [kind for kind in KINDS if KINDS[kind].get("world", "form") == world]
+
+
 def combine(questions, kinds, turns, rng):
     """Every question with a demand, and so in each turn; the kinds of demand take turns, too."""
     texts = []
@@ -87,7 +92,7 @@ def make_queries(seed=0, world="form"):
     """{"queries": texts, "heldout": texts} of a world, no question in both; each turn of the
     queries asks every question once."""
     rng = random.Random(seed)
-    kinds = [kind for kind in KINDS if KINDS[kind].get("world", "form") == world]
+    kinds = kinds_of(world)
     pool, held, turns = WORLDS[world]
     questions = rng.sample(pool, len(pool))
     return {"queries": combine(questions[held:], kinds, len(kinds), rng),
