@@ -23,6 +23,7 @@ import sso
 from plumbing import command
 from plumbing.checkpoint import Progress, uninterrupted
 from plumbing.examples import read_examples
+from plumbing.lora import add_adapters, merge_adapters
 from plumbing.memory import in_micro_batches, plan
 from plumbing.models import autocast, choose_logps, inspect_chat, load_weights, spare
 from plumbing.outputs import Output
@@ -53,8 +54,9 @@ def learning_rate(step, steps, peak, warmup):
 
 def make_optimizer(model, weight_decay):
     """AdamW; weight decay on matrices only, not on norms and biases."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
                               {"params": vectors, "weight_decay": 0.0}], fused=True)
 
@@ -128,6 +130,7 @@ def fit(chat, examples, loss, out, settings, terms=("L",), watch=None):
     except KeyboardInterrupt:
         progress.save()
         raise
+    merge_adapters(chat.model)          # if it has any
     progress.finish(chat)
 
 
@@ -170,6 +173,8 @@ def train(stage, model, data, out, recipe):
     if prepared is None:
         return
     chat, examples = prepared
+    if settings["lora_rank"]:
+        add_adapters(chat.model, settings)
     plan(chat, examples, settings)
     spare(chat.model, settings)
     # The reference is this very model before its first update. Scored once, it needs no second

@@ -100,12 +100,15 @@ def plan(chat, examples, settings):
         # Weights may be pages of their file, which pass for free until the first update.
         parameter.data = parameter.data.clone()
     weights = sum(parameter.nbytes for parameter in chat.model.parameters())
+    trained = sum(parameter.nbytes for parameter in chat.model.parameters()
+                  if parameter.requires_grad)
     longest = max(examples, key=padded)
     least = padded(longest)
     each = token_bytes(chat, longest, settings["recompute_layers"])
     # Weights, gradients, AdamW's two states; gradients of embedding and head; on CUDA also the
     # weights in bf16.
-    fixed = 4 * weights + 4 * chat.model.get_input_embeddings().weight.nbytes
+    embedding = chat.model.get_input_embeddings().weight
+    fixed = weights + 3 * trained + 4 * embedding.nbytes * embedding.requires_grad
     fixed += torch.cuda.is_available() * weights // 2
     gc.collect()
     free = free_bytes() + weights
