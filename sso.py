@@ -336,17 +336,19 @@ class ByteTokenizer:
 
 
 class TinyModel(torch.nn.Module):
-    """A random transformer of one layer of attention, without positions."""
+    """A random transformer of one layer of attention."""
     device = torch.device("cpu")
 
     def __init__(self):
         super().__init__()
         self.embedding = torch.nn.Embedding(258, 64)
+        self.position = torch.nn.Embedding(1024, 64)
         self.attention = torch.nn.Linear(64, 3 * 64)
         self.head = torch.nn.Linear(64, 258)
 
     def forward(self, input_ids, **options):
-        hidden = self.embedding(input_ids)                                      # (N, T, D)
+        positions = torch.arange(input_ids.shape[1])                            # (T,)
+        hidden = self.embedding(input_ids) + self.position(positions)           # (N, T, D)
         query, key, value = self.attention(hidden).chunk(3, -1)
         hidden = hidden + F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return SimpleNamespace(logits=self.head(hidden))                        # (N, T, V)
@@ -413,9 +415,8 @@ def worked_example(beta=0.1, gamma=0.1):
             parameter -= 0.01 * parameter.grad
         logps, _ = pair_logps(model, [example], pad_id=0)
     _, parts = sso_loss(logps, ref_logps, tokens, "dpo", gamma, beta=beta)
-    print("\nAfter one step. All share the model's weights, so what is pushed down may rise, as y+"
-          "\nunder x- here: it wins under x+, and this model hardly tells the two prompts apart.\n"
-          "What counts are the margins: both have grown.\n")
+    print("\nAfter one step. Winners have become more probable and losers less, under both "
+          "prompts:\ny+ rises under x+, where it wins, and falls under x-, where it loses.\n")
     print_numbers(logps, ref_logps, parts, gamma)
 
 

@@ -85,7 +85,7 @@ def summarize(parts, terms):
     # alone.
     if "chosen_rewards" in parts:
         margin = parts["chosen_rewards"] - parts["rejected_rewards"]
-        parts = parts | {"margin": margin, "accuracy": margin > 0}
+        parts = parts | {"margin": margin, "reward_accuracy": margin > 0}
     for name, values in parts.items():
         row[name] = values.float().mean().item()
         for term, value in zip(terms, values):
@@ -104,6 +104,7 @@ def fit(chat, examples, loss, out, settings, terms=("L",), watch=None):
     batches = make_batches(len(examples), settings["batch_size"], settings["epochs"],
                            settings["seed"])
     progress = Progress(out, chat.model, optimizer)         # at its checkpoint, if it has one
+    row = {}
     bar = tqdm(batches[progress.step:], initial=progress.step, total=len(batches), desc=str(out))
     try:
         for batch in bar:                                   # indices of B examples
@@ -132,6 +133,9 @@ def fit(chat, examples, loss, out, settings, terms=("L",), watch=None):
         raise
     merge_adapters(chat.model)          # if it has any
     progress.finish(chat)
+    if "margin" in row:
+        print(f"{out}: rewards at the end: chosen {row['chosen_rewards']:.3f}, rejected "
+              f"{row['rejected_rewards']:.3f}. Both may fall: docs/GUIDE.md says why")
 
 
 def step_zero(row, settings):
