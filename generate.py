@@ -1,4 +1,4 @@
-"""Steps 1 and 2 of SSO, and the sampling of step 4: a model writes principles, answers under them.
+"""Steps 1 and 2 of SSO, and the sampling of step 4: a model writes principles and answers by them.
 
     python generate.py principles --model M --queries Q.jsonl --out principles.jsonl
     python generate.py responses --model M --principles principles.jsonl --out responses.jsonl
@@ -7,10 +7,11 @@
     python generate.py written --principles data/features.jsonl --queries Q.jsonl --out P.jsonl
 
 Responses are a standard preference file (prompt, chosen, rejected as lists of messages) with more
-columns. A file is complete under its final name; an interrupted command, given again, continues it.
+columns. A file gets its final name when it is complete. An interrupted command, given again,
+continues it.
 
-Simpler than the paper's set-up: the model itself writes the principles, and a pair that is of no
-use is replaced by a fixed one.
+Simpler than the paper's set-up: the model itself writes the principles. A pair that cannot be used
+is replaced by a fixed one.
 """
 
 import random
@@ -28,7 +29,7 @@ from plumbing.sampling import load_sampler, sample
 # ---- Step 1: principles --------------------------------------------------------------------------
 
 def principles(model, queries, out, recipe, server=None):
-    """Write to OUT each query with a bad and a good principle, by a chat model."""
+    """Write each query to OUT with a bad and a good principle, which a chat model writes."""
     settings = stage_settings(recipe, "principles")
     prompts = recipe["prompts"]
     check_form(prompts["principles"])
@@ -62,8 +63,8 @@ def principles(model, queries, out, recipe, server=None):
 def written(principles, queries, out, recipe):
     """Step 1 without a model, from a file of principles.
 
-    One with a prompt is that query's; of those without, two are drawn for each other query, and
-    joined."""
+    A principle with a prompt belongs to that query. For each other query two of the principles
+    without a prompt are drawn, and joined."""
     seed = stage_settings(recipe, "run")["seed"]
     keys = ("good_principle", "bad_principle")
     by_query, general = {}, []
@@ -93,8 +94,8 @@ def written(principles, queries, out, recipe):
 # ---- Step 2: responses ---------------------------------------------------------------------------
 
 def role_prompts(records, role, prompts, path):
-    """The prompts of a role, one a record. UserError names the line of a record without its
-    principle."""
+    """The prompts of a role, one for each record. UserError names the line of a record that lacks
+    its principle."""
     messages = []
     for number, record in enumerate(records, 1):
         try:
@@ -106,9 +107,9 @@ def role_prompts(records, role, prompts, path):
 
 def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
               originals: int = None, server=None):
-    """Write to OUT the records of PRINCIPLES with the model's responses to the prompts of some
-    roles: y+ (chosen), y- (rejected), yo (original). Other columns stay. `originals`: yo for the
-    first so many queries alone, those that a generator is trained on."""
+    """Write the records of PRINCIPLES to OUT with the model's responses to the prompts of some
+    roles: y+ (chosen), y- (rejected), yo (original). Other columns stay. `originals`: sample yo
+    only for the first so many queries, those that a generator is trained on."""
     settings = stage_settings(recipe, "responses")
     prompts = recipe["prompts"]
     records = read_jsonl(principles, uses=())
