@@ -44,6 +44,7 @@ WAYS = load_toml(Path(__file__).with_name("ways.toml"))
 TOKENS = {"line": 64, "code": 128, "language": 48, "tone": 64, "facts": 32, "form": 64}
 ARMS = {"PBAA": "policy", "SSO": "sso", "y+ over yo": "original", "L+ only": "plus",
         "y+ over another's yo": "cross"}
+MEASURED = 64       # queries of a world whose p(.) is measured
 MEANS = ("accuracy", "ties", "p(chosen)", "p(rejected)", "p(original)")
 FIRST = "PBAA,SSO,y+ over yo,L+ only"       # those that run without --names
 
@@ -220,7 +221,9 @@ def worlds(model, recipe, out: Path, strong=None, names=",".join(TOKENS), count:
             lab_arms.timed(write, source, plain, principles, own)
             responses = folder / writer / "responses.jsonl"
             lab_arms.timed(generate.responses, model, principles, responses, own, ("good", "bad"))
-            row = evaluation.measure_pairs(responses, model, critic, own)
+            # p(.) costs as much as sampling, and varies less: a part of the queries will do.
+            row = evaluation.measure_pairs(responses, model, None, own, only=MEASURED)
+            row |= evaluation.measure_quality(read_jsonl(responses), sso.L, critic)
             row["verdict"] = evaluation.verdict(row)
             rows[f"{name}, {writer}"] = row
             results.write(out / "report.json", weights=results.sha256(model), rows=rows,

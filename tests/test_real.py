@@ -127,7 +127,7 @@ def test_worlds_are_looked_at_with_the_principles_of_each_writer(qwen3, tmp_path
     assert list(report["rows"]) == [f"{world}, {writer}" for world in ("line", "code")
                                     for writer in ("hand", "itself", "stronger")]
     for row in report["rows"].values():
-        assert row["pairs"] == 3 and row["verdict"] and {"y+", "yo", "y-", "accuracy", "p(rejected)"} <= row.keys()
+        assert row["pairs"] == row["accuracy"]["n"] == 3 and row["verdict"] and {"y+", "yo", "y-", "accuracy", "p(rejected)"} <= row.keys()
     principles = {writer: read_jsonl(tmp_path / f"line/{writer}/principles.jsonl") for writer in ("hand", "itself", "stronger")}
     assert len({json.dumps(records) for records in principles.values()}) == 3
     assert read_json(tmp_path / "line/original.jsonl.args.json")["max_new_tokens"] == 64
