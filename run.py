@@ -93,7 +93,7 @@ def measured(path, judged_by, inputs, recipe, measure):
     """The measures in a JSON file: those of measure(critic, limit), unless they are there
     already."""
     output = Output(path, {}, inputs | judged_by)
-    if not output.is_current():
+    if not output.is_complete(remake=True):
         critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])
         measures = measure(critic, limit)
         path.unlink(missing_ok=True)        # so that no old one stands beside the new note

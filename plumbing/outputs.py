@@ -4,6 +4,7 @@ Under its final name an output is complete. While it grows it is called OUT.part
 OUT.args.json notes its settings and its inputs: a command with others refuses to touch it.
 """
 
+import functools
 import hashlib
 import json
 from multiprocessing.pool import ThreadPool
@@ -17,7 +18,12 @@ NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile", "logps")  # bu
 MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.jinja", "*.model", "vocab*",
                "merges*", "special_tokens*", "generation_config.json")
 ENOUGH = 16     # failures: with so many a command ends
-HASHES = {}     # of files, by place, size and time: a large one is read once
+
+
+@functools.cache        # by place, size and time: a large file is read once
+def hash_of(path, size, time):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def fingerprint(path):
@@ -27,11 +33,9 @@ def fingerprint(path):
         parts = set().union(*(Path(path).glob(pattern) for pattern in MODEL_FILES))
     digest = hashlib.sha256()
     for part in sorted(parts):
-        key = (part.resolve(), part.stat().st_size, part.stat().st_mtime_ns)
-        if key not in HASHES:
-            with part.open("rb") as file:
-                HASHES[key] = hashlib.file_digest(file, "sha256").digest()
-        digest.update(part.name.encode() + HASHES[key])
+        state = part.stat()
+        content = hash_of(part.resolve(), state.st_size, state.st_mtime_ns)
+        digest.update(part.name.encode() + content)
     return digest.hexdigest()[:12]
 
 
@@ -58,28 +62,22 @@ class Output:
             if old != new:
                 return f"{key} = {old[:80]}, not {new[:80]}"
 
-    def is_complete(self):
-        """Whether it is there. UserError if it, or its beginning, was made from something else."""
+    def is_complete(self, remake=False):
+        """Whether it is there. UserError if it, or its beginning, was made from something else;
+        to `remake` it then, it counts as not there."""
         begun = [path for path in (self.path, self.partial) if path.is_file() or
                  path.is_dir() and any(path.iterdir())]         # an empty folder is none
         if not begun:
             return False
         if not self.note_path.exists():
             raise UserError(f"{begun[0]} exists and was not made by this command; choose another "
-                            "--out")
+                            "--out, or move or delete it")
         difference = self.difference()
-        if difference:
+        if difference and not remake:
             names = ", ".join(str(path) for path in (*begun, self.note_path))
             raise UserError(f"{self.path} was made with {difference}: choose another --out, or "
                             f"delete {names} to make it again")
-        return self.path in begun
-
-    def is_current(self):
-        """Whether it is there and made from what it would be made from now. UserError if another
-        program made it."""
-        if self.path.exists() and not self.note_path.exists():
-            raise UserError(f"{self.path} was not made by this command; move or delete it")
-        return self.path.exists() and not self.difference()
+        return self.path in begun and not difference
 
     def write_note(self):
         """To be called once the inputs have proved good, before anything else is written."""
@@ -121,33 +119,32 @@ def grow(out, records, make, batch_size, workers=1):
         try:
             return batch, *make(batch)
         except UserError as error:
-            return batch, error, 0
+            failures.append(error)
+            return [], [], 0
 
     with partial.open("a", encoding="utf-8") as file, bar, ThreadPool(workers) as pool:
         results = map(attempt, batches)
         if workers > 1:
             results = pool.imap_unordered(attempt, batches)
         for batch, made, new_tokens in results:
-            if isinstance(made, UserError):
-                failures.append(made)
-                if len(failures) == ENOUGH:
-                    break
-                continue
-            made = dict(zip(batch, made))
-            done |= made
-            file.write(as_lines([made]))
-            file.flush()
-            tokens += new_tokens
-            speed = tokens / max(1e-9, bar.format_dict["elapsed"])
-            bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-            bar.update(len(batch))
+            if len(failures) >= ENOUGH:
+                break
+            if batch:
+                made = dict(zip(batch, made))
+                done |= made
+                file.write(as_lines([made]))
+                file.flush()
+                tokens += new_tokens
+                speed = tokens / max(1e-9, bar.format_dict["elapsed"])
+                bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+                bar.update(len(batch))
     if failures:
         raise UserError(f"{len(records) - len(done)} of {len(records)} records are not made yet; "
                         f"the first failure: {failures[0]}; the same command asks for these alone")
-    in_order = [done[i] for i in range(len(records))]
-    write_text(out, as_lines(in_order))
+    records = [done[i] for i in range(len(records))]
+    write_text(out, as_lines(records))
     partial.unlink()
-    return in_order
+    return records
 
 
 def write_queries(out, folders, queries, heldout, settings, inputs):
@@ -159,11 +156,9 @@ def write_queries(out, folders, queries, heldout, settings, inputs):
     for number, folder in enumerate(folders):
         parts[folder / "queries.jsonl"] = queries[number::len(folders)]
     settings = settings | {"rounds": len(folders)}
-    inputs = {name: path for name, path in inputs.items() if path}
     outputs = [Output(path, settings, inputs) for path in parts]
     # All are looked at before one is made.
-    there = [output.is_complete() for output in outputs]
-    for output, is_there, records in zip(outputs, there, parts.values()):
-        if not is_there:
-            output.write_note()
-            write_text(output.path, as_lines([{"prompt": record["prompt"]} for record in records]))
+    for output in [output for output in outputs if not output.is_complete()]:
+        queries = [{"prompt": record["prompt"]} for record in parts[output.path]]
+        output.write_note()
+        write_text(output.path, as_lines(queries))
