@@ -51,10 +51,8 @@ def parse_record(line, needs, uses):
         if not isinstance(finished, bool):
             raise ValueError(f"'{column}_finished' is {finished!r}: it is true or false")
     for key in needs:
-        value = record.get(key)
-        has_messages = isinstance(value, list) and key in ("prompt", *uses)
-        has_text = isinstance(value, str) and value.strip()
-        if not has_messages and not has_text:
+        kind = list if key in ("prompt", *uses) else str
+        if not isinstance(record.get(key), kind) or not str(record[key]).strip():
             raise ValueError(f"a record without a {key!r}")
     return record
 
