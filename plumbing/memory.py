@@ -30,22 +30,20 @@ def group_bytes():
     """What the limits of control groups leave, from this process's own up to the root: a job's may
     be nested in its container's."""
     left = []
-    top = ROOT / "sys/fs/cgroup"
     own = ROOT / "proc/self/cgroup"
     if not own.exists():
         return left
     for line in own.read_text().splitlines():
-        _, controllers, place = line.split(":", 2)
-        folder = top / controllers / place.lstrip("/")      # version 2 has no controllers there
-        while top in (folder, *folder.parents):
+        _, controllers, place = line.split(":", 2)      # version 2 has no controllers there
+        folder = ROOT / "sys/fs/cgroup" / controllers / place.lstrip("/")
+        for group in (folder, *folder.parents):
             for limit, used in GROUPS.items():
-                if (folder / limit).exists() and (folder / limit).read_text().strip() != "max":
-                    most, now = (int((folder / name).read_text()) for name in (limit, used))
+                with contextlib.suppress(OSError, ValueError):      # no such file; "max"
+                    room = int((group / limit).read_text()) - int((group / used).read_text())
                     # The cache of files is given back.
-                    files = re.findall(r"^(?:in)?active_file (\d+)", (folder / "memory.stat")
-                                       .read_text(), re.MULTILINE)
-                    left.append(most - now + sum(map(int, files)))
-            folder = folder.parent
+                    files = re.findall(r"^(?:in)?active_file (\d+)",
+                                       (group / "memory.stat").read_text(), re.MULTILINE)
+                    left.append(room + sum(map(int, files)))
     return left
 
 
@@ -76,14 +74,17 @@ def token_bytes(chat, example, recompute):
     """What a padded token keeps until the backward pass. Measured over one forward pass of an
     example, cut to 1,024 tokens a row."""
     short = [sso.Pair(pair.prompt[:512], pair.winner[:256], pair.loser[:256]) for pair in example]
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor,
-                                                  lambda tensor: tensor):
+    kept = {}       # {place: bytes}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logps, _ = chat.pair_logps(chat.model, [short], chat.pad_id)
-    own = {parameter.untyped_storage().data_ptr() for parameter in chat.model.parameters()}
-    storages = [tensor.untyped_storage() for tensor in saved]
-    kept = {storage.data_ptr(): storage.nbytes() for storage in storages
-            if storage.data_ptr() not in own}
+    for parameter in chat.model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
     total = sum(kept.values())
     config = chat.model.config.get_text_config()
     if recompute:       # then only the inputs of all layers are kept, and what one layer keeps
