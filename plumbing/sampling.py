@@ -1,10 +1,12 @@
 """Prompts in, responses out: our own decoding loop, for CPU and CUDA alike, or a server."""
 
 import random
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 import sso
@@ -37,25 +39,20 @@ def load_sampler(path, server=None, probes=()):
 @torch.no_grad()
 def decode(chat, prompts, choose, is_over, shared=0):
     """An answer to each of N prompts, as lists of token ids. choose(logits (rows, V), their
-    prompts' numbers) gives the next tokens (rows,); is_over(i, ids) ends an answer. The first `shared`
-    tokens of all prompts are the same, and are read once."""
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), chat.pad_id)      # (N, T): shared, padding, own
-    attention_mask = torch.zeros_like(input_ids)                    # (N, T)
-    attention_mask[:, :shared] = 1
-    for row, prompt in enumerate(prompts):
-        start = width - len(prompt) + shared
-        input_ids[row, start:] = torch.tensor(prompt[shared:])
-        attention_mask[row, start:] = 1
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)      # (N, T)
-    options = {"past_key_values": DynamicCache(config=chat.model.config.get_text_config()),
-               "use_cache": True, "logits_to_keep": 1}
+    prompts' numbers) gives the next tokens (rows,); is_over(i, ids) ends an answer. The first
+    `shared` tokens of all prompts, S, are the same, and are read once."""
+    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+    own = [torch.tensor(prompt[shared:], device=device) for prompt in prompts]
+    is_own = pad_left([torch.ones_like(ids) for ids in own])                        # (N, T-S)
+    attention_mask = F.pad(is_own, (shared, 0), value=1)            # (N, T): shared, padding, own
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                      # (N, T)
+    step = {"input_ids": pad_left(own, padding_value=chat.pad_id),                  # (N, T-S)
+            "attention_mask": attention_mask, "position_ids": position_ids[:, shared:]}
+    cache = DynamicCache(config=chat.model.config.get_text_config())
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     if shared:
         chat.model(torch.tensor([prompts[0][:shared]], device=device), **options)       # (1, S)
-        options["past_key_values"].reorder_cache(torch.zeros_like(input_ids[:, 0]).to(device))
-    step = {"input_ids": input_ids[:, shared:], "attention_mask": attention_mask,
-            "position_ids": position_ids[:, shared:]}
-    step = {name: tensor.to(device) for name, tensor in step.items()}
+        cache.reorder_cache(torch.zeros_like(is_own[:, 0]))
 
     answers = [[] for _ in prompts]
     over = [False for _ in prompts]
@@ -76,7 +73,7 @@ def decode(chat, prompts, choose, is_over, shared=0):
         if len(live) < 0.75 * len(rows):    # drop the rows whose answers are over
             rows = [rows[row] for row in live]
             kept = torch.tensor(live, device=device)
-            options["past_key_values"].reorder_cache(kept)
+            cache.reorder_cache(kept)
             step = {name: tensor[kept] for name, tensor in step.items()}
 
 
@@ -178,9 +175,8 @@ def sample(chat, prompts, seeds, settings, begun=None, end=None):
         return Sampled([], 0)
     if isinstance(chat, servers.Server):
         return Sampled(*servers.sample(chat, prompts, seeds, settings))
-    encoded = []
-    for messages, text in zip(prompts, begun or [""] * len(prompts)):
-        encoded.append(encode(chat, messages, text))
+    begun = begun or [""] * len(prompts)
+    encoded = [encode(chat, messages, text) for messages, text in zip(prompts, begun)]
     randoms = [random.Random(seed) for seed in seeds]
     limits = [min(settings["max_new_tokens"], chat.context - len(ids)) for ids in encoded]
 
