@@ -29,7 +29,6 @@ HELP = {
     "roles": "responses to sample (default: all)",
     "originals": "sample yo for the first N queries alone (default: for all)",
     "objective": "row of sso.PAIRS; policy is PBAA (default: sso)",
-    "base_loss": "L_base of both trainings",
     "rounds": "each starts from the policy before",
     "policy": "chat model under which p(.) is measured",
     "grader": "Python file with grade(query, response, finished), 0 to 1",
@@ -40,7 +39,7 @@ HELP = {
     "out": "what to write",
 }
 SETTINGS = PAPER.read_text(encoding="utf-8").partition("# Worked examples")[0].replace("%", "%%")
-CHOICES = {"roles": sso.COLUMNS, "objective": sso.PAIRS, "base_loss": sso.BASE_LOSSES}
+CHOICES = {"roles": sso.COLUMNS, "objective": sso.PAIRS}
 SEVERAL = {"files": "+", "folders": "+", "roles": "+"}
 
 

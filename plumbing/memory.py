@@ -55,8 +55,9 @@ def free_bytes():
     if torch.cuda.is_available():
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + kept
-    if (ROOT / "proc/meminfo").exists():
-        found = re.search(r"MemAvailable: +(\d+)", (ROOT / "proc/meminfo").read_text())
+    meminfo = ROOT / "proc/meminfo"
+    if meminfo.exists():
+        found = re.search(r"MemAvailable: +(\d+)", meminfo.read_text())
         return min([1024 * int(found[1]), *group_bytes()])
     if hasattr(os, "sysconf"):          # macOS does not say what is free: half of what there is
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -74,7 +74,7 @@ class Output:
                             "--out, or move or delete it")
         difference = self.difference()
         if difference and not remake:
-            names = ", ".join(str(path) for path in (*begun, self.note_path))
+            names = ", ".join(map(str, (*begun, self.note_path)))
             raise UserError(f"{self.path} was made with {difference}: choose another --out, or "
                             f"delete {names} to make it again")
         return self.path in begun and not difference
@@ -101,7 +101,7 @@ def read_partial(path):
     return done
 
 
-def grow(out, records, make, batch_size, workers=1):
+def grow(out, records, make, batch_size, workers):
     """Make a record from each of `records` by `make(indices) -> (new records, tokens)`, a batch at
     a time; with several workers, which wait for a server, so many batches at once. Writes them to
     OUT in the order of `records`, and returns them. Continues OUT.partial, where a batch is a line,

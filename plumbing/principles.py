@@ -26,14 +26,14 @@ def check_form(form):
                         "it {good}, and end a text")
 
 
-def begun_answer(kind, principles, prompts=sso.PROMPTS):
+def begun_answer(kind, principles, prompts):
     """The answer to `sso.principle_messages` up to the principle of a kind, "bad" or "good", with
     the principles {kind: text} that stand before it."""
     begun = prompts["principles"]["answer"].split("{" + kind + "}")[0]
     return sso.fill(begun, **principles).rstrip()
 
 
-def cut(text, prompts=sso.PROMPTS):
+def cut(text, prompts):
     """The principle that a model's text begins with, on one line."""
     return " ".join(text.strip().split(prompts["principles"]["end"])[0].split())
 
@@ -92,7 +92,7 @@ def fault(bad, good, prompts=sso.PROMPTS):
     return None
 
 
-def with_principles(record, bad, good, prompts=sso.PROMPTS):
+def with_principles(record, bad, good, prompts):
     """A record with its principles; the fixed pair, and why, where the made one is of no use."""
     reason = fault(bad, good, prompts)
     if reason:

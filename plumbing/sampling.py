@@ -102,12 +102,12 @@ def draw(logits, randoms, temperature, top_p):
 
 def shared_prefix(prompts):
     """How many tokens all prompts begin with, at least one of each left over; 0 if they are few."""
-    first = min(prompts)
-    last = max(prompts)
-    most = min(map(len, prompts)) - 1
     shared = 0
-    while shared < most and first[shared] == last[shared]:
+    for tokens in zip(*prompts):
+        if len(set(tokens)) > 1:
+            break
         shared += 1
+    shared = min(shared, min(map(len, prompts)) - 1)
     if shared < SHARED or len(prompts) == 1:
         return 0
     return shared

@@ -4,12 +4,12 @@ A request is for one answer, with a seed of its own; whether that makes the answ
 the server's affair. Servers differ in what they take: a field that one refuses is left out.
 """
 
+import functools
 import os
 import re
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import sso
 from plumbing.records import UserError
@@ -30,14 +30,8 @@ class Server:
         self.client = client            # openai.OpenAI
         self.model = model
         self.refused = set()            # names of fields
-        self.said = set()               # warnings, each printed once
         self.room = threading.Semaphore(AT_ONCE)            # places for requests under way,
         self.spare = threading.Semaphore(AT_ONCE - 1)       # and those of them that can be given up
-
-    def say(self, text):
-        if text not in self.said:
-            self.said.add(text)
-            print(f"--server: {text}")
 
     def send(self, messages, fields):
         """The answer to a request. After one that had to be sent again there is a place less."""
@@ -47,6 +41,11 @@ class Server:
         if answer.retries_taken and self.spare.acquire(blocking=False):
             self.room.acquire()
         return answer.parse()
+
+
+@functools.cache        # so that each is printed once
+def say(server, text):
+    print(f"--server: {text}")
 
 
 def load_server(url, model):
@@ -67,7 +66,7 @@ def sample(server, prompts, seeds, settings):
     """As `sampling.sample`: responses in the order of their prompts, and the tokens of all.
     UserError if a request fails for good: no failure becomes an empty response."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = list(pool.map(partial(ask, server, settings), prompts, seeds))
+        answers = list(pool.map(functools.partial(ask, server, settings), prompts, seeds))
     return [response for response, _ in answers], sum(tokens for _, tokens in answers)
 
 
@@ -97,7 +96,7 @@ def leave_out(server, error, names):
     named = {name for name in names if re.search(rf"\b{name}\b", said)}
     named = named or names & {"extra_body"}
     for name in named:
-        server.say(f"it refuses the field {name!r}, which is left out or renamed")
+        say(server, f"it refuses the field {name!r}, which is left out or renamed")
     server.refused |= named
     return bool(named)
 
@@ -117,7 +116,8 @@ def read(server, completion):
     except (AttributeError, LookupError, TypeError, UnicodeError):
         raise ValueError(f"no answer: {completion}") from None
     if choice.finish_reason is None:
-        server.say("it does not say why an answer ended (finish_reason is null): taken as finished")
+        say(server, "it does not say why an answer ended (finish_reason is null): taken as "
+                    "finished")
     tokens = getattr(completion.usage, "completion_tokens", 0) or 0
     return sso.Response(text, finished), tokens
 

@@ -6,7 +6,6 @@ margin. What gives it away is p(original), the probability of the answers yo tha
 
 from tqdm import tqdm
 
-import sso
 from plumbing.examples import read_responses
 from plumbing.records import read_jsonl
 from plumbing.scoring import score
@@ -18,7 +17,7 @@ STEPS = 8           # between two looks
 class Watch:
     """Watches a policy's training on a file that has yo. To be made before the training."""
 
-    def __init__(self, chat, data, settings, prompts=sso.PROMPTS):
+    def __init__(self, chat, data, settings, prompts):
         self.chat = chat
         self.budget = settings["micro_batch_tokens"]
         self.examples = read_responses(read_jsonl(data), "original", chat, settings["max_length"],
