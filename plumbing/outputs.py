@@ -57,10 +57,10 @@ class Output:
         """What it was made with that is not as it is now, in words, or None."""
         before = read_json(self.note_path)
         for key in self.note | before:
-            old = repr(before.get(key))
-            new = repr(self.note.get(key))
+            old = before.get(key)
+            new = self.note.get(key)
             if old != new:
-                return f"{key} = {old[:80]}, not {new[:80]}"
+                return f"{key} = {old!r:.80}, not {new!r:.80}"
 
     def is_complete(self, remake=False):
         """Whether it is there. UserError if it, or its beginning, was made from something else;
@@ -117,27 +117,27 @@ def grow(out, records, make, batch_size, workers):
 
     def attempt(batch):
         try:
-            return batch, *make(batch)
+            made, tokens = make(batch)
+            return dict(zip(batch, made)), tokens
         except UserError as error:
             failures.append(error)
-            return [], [], 0
+            return {}, 0
 
     with partial.open("a", encoding="utf-8") as file, bar, ThreadPool(workers) as pool:
         results = map(attempt, batches)
         if workers > 1:
             results = pool.imap_unordered(attempt, batches)
-        for batch, made, new_tokens in results:
+        for made, new_tokens in results:
             if len(failures) >= ENOUGH:
                 break
-            if batch:
-                made = dict(zip(batch, made))
+            if made:
                 done |= made
                 file.write(as_lines([made]))
                 file.flush()
                 tokens += new_tokens
                 speed = tokens / max(1e-9, bar.format_dict["elapsed"])
                 bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-                bar.update(len(batch))
+                bar.update(len(made))
     if failures:
         raise UserError(f"{len(records) - len(done)} of {len(records)} records are not made yet; "
                         f"the first failure: {failures[0]}; the same command asks for these alone")

@@ -159,8 +159,8 @@ def encode(chat, messages, begun=""):
 def check_context(chat, prompts, path):
     """UserError for the first of all prompts that is too long, before anything is written."""
     for number, messages in enumerate(prompts, 1):
-        may_be_long = isinstance(chat, Chat) and len(str(messages).encode()) > chat.context // 2
-        if may_be_long:
+        # A prompt of few bytes has few tokens.
+        if isinstance(chat, Chat) and len(str(messages).encode()) > chat.context // 2:
             try:
                 encode(chat, messages)
             except UserError as error:
