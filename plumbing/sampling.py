@@ -43,22 +43,23 @@ def decode(chat, prompts, choose, is_over, shared=0):
     `shared` tokens of all prompts, S, are the same, and are read once."""
     pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
     own = [torch.tensor(prompt[shared:], device=device) for prompt in prompts]
-    is_own = pad_left([torch.ones_like(ids) for ids in own])                        # (N, T-S)
-    attention_mask = F.pad(is_own, (shared, 0), value=1)            # (N, T): shared, padding, own
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                      # (N, T)
-    step = {"input_ids": pad_left(own, padding_value=chat.pad_id),                  # (N, T-S)
-            "attention_mask": attention_mask, "position_ids": position_ids[:, shared:]}
+    input_ids = pad_left(own, padding_value=chat.pad_id)                            # (N, T-S)
+    attention_mask = pad_left([torch.ones_like(ids) for ids in own])
+    attention_mask = F.pad(attention_mask, (shared, 0), value=1)    # (N, T): shared, padding, own
     cache = DynamicCache(config=chat.model.config.get_text_config())
     options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     if shared:
         chat.model(torch.tensor([prompts[0][:shared]], device=device), **options)       # (1, S)
-        cache.reorder_cache(torch.zeros_like(is_own[:, 0]))
+        cache.reorder_cache(torch.zeros_like(input_ids[:, 0]))
 
     answers = [[] for _ in prompts]
     over = [False for _ in prompts]
     rows = list(range(len(prompts)))        # the number of each row's prompt
     while True:
-        logits = chat.model(**step, **options).logits[:, -1]                            # (N, V)
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                      # (N, T)
+        logits = chat.model(input_ids, attention_mask=attention_mask,
+                            position_ids=position_ids[:, -input_ids.shape[1]:],
+                            **options).logits[:, -1]                                    # (N, V)
         tokens = choose(logits, rows)                                                   # (N,)
         for i, token in zip(rows, tokens.tolist()):
             if not over[i]:
@@ -67,14 +68,14 @@ def decode(chat, prompts, choose, is_over, shared=0):
         live = [row for row, i in enumerate(rows) if not over[i]]
         if not live:
             return answers
-        step = {"input_ids": tokens[:, None],                                           # (N, 1)
-                "attention_mask": F.pad(step["attention_mask"], (0, 1), value=1),       # (N, T+1)
-                "position_ids": step["position_ids"][:, -1:] + 1}                       # (N, 1)
+        input_ids = tokens[:, None]                                                     # (N, 1)
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)                         # (N, T+1)
         if len(live) < 0.75 * len(rows):    # drop the rows whose answers are over
             rows = [rows[row] for row in live]
             kept = torch.tensor(live, device=device)
             cache.reorder_cache(kept)
-            step = {name: tensor[kept] for name, tensor in step.items()}
+            input_ids = input_ids[kept]
+            attention_mask = attention_mask[kept]
 
 
 def draw(logits, randoms, temperature, top_p):
