@@ -3,7 +3,7 @@
 from collections import Counter
 
 import sso
-from plumbing.records import UserError, read_jsonl
+from plumbing.records import UserError, for_each, read_jsonl
 
 CUT_TOO_OFTEN = 0.1
 
@@ -96,11 +96,11 @@ def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=
     if held:
         print(f"warning: {path}: {len(held)} prompts hold control tokens of the model, as in "
               f"{held[0][:40]!r}. They are read as plain text: give prompts without their template")
-    for number, record in enumerate(records, 1):
-        try:
-            example, reason = encode_record(record, objective, chat, max_length, prompts)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+
+    def encode(record):
+        return encode_record(record, objective, chat, max_length, prompts)
+
+    for example, reason in for_each(f"{path}, line", encode, records):
         if example:
             examples.append(example)
         else:

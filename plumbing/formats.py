@@ -24,8 +24,8 @@ FOREIGN = {
 }
 HH = ("the text format of HH-RLHF; for each record r: r['prompt'] = r['chosen'].rpartition("
       "'\\n\\nAssistant:')[0].removeprefix('\\n\\nHuman:').strip(); for c in ('chosen', "
-      "'rejected'): r[c] = r[c].rpartition('\\n\\nAssistant:')[2].strip()   (of several turns, make a "
-      "list of messages)")
+      "'rejected'): r[c] = r[c].rpartition('\\n\\nAssistant:')[2].strip()   (of several turns, make "
+      "a list of messages)")
 
 
 def unify(record, columns):
@@ -73,17 +73,16 @@ def as_messages(column, value):
     messages = []
     try:
         for message in value:
-            text = text_of(column, message["content"])
-            messages.append({"role": message["role"], "content": text})
+            role = message["role"]
+            if role not in ROLES:
+                raise ValueError(f"{column!r} has a message of role {role!r}; known are "
+                                 f"{', '.join(ROLES)}")
+            messages.append({"role": role, "content": text_of(column, message["content"])})
         last = messages[-1]
     except (LookupError, TypeError):
         raise ValueError(f"{column!r} is neither a text nor a list of messages (ShareGPT: rename "
                          "'from' and 'value' to 'role' and 'content', human to user, gpt to "
                          "assistant)") from None
-    for message in messages:
-        if message["role"] not in ROLES:
-            raise ValueError(f"{column!r} has a message of role {message['role']!r}; known are "
-                             f"{', '.join(ROLES)}")
     if column == "prompt" and not last["content"].strip():
         raise ValueError("the last message of 'prompt' is empty")
     if last["role"] != wanted:

@@ -26,13 +26,19 @@ def read_jsonl(path, needs=("prompt",), uses=RESPONSES):
     content = Path(path).read_bytes().rstrip()
     if not content:
         raise UserError(f"{path}: an empty file")
-    records = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    return for_each(f"{path}, line", lambda line: parse_record(line, needs, uses),
+                    content.split(b"\n"))
+
+
+def for_each(place, function, items):
+    """What a function makes of each item. UserError says which one it cannot take."""
+    made = []
+    for number, item in enumerate(items, 1):
         try:
-            records.append(parse_record(line, needs, uses))
+            made.append(function(item))
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-    return records
+            raise UserError(f"{place} {number}: {error}") from None
+    return made
 
 
 def parse_record(line, needs, uses):

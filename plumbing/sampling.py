@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import sso
 from plumbing import server as servers
 from plumbing.models import Chat, device, inspect_chat, load_weights, precision
-from plumbing.records import UserError
+from plumbing.records import UserError, for_each
 
 SHARED = 32             # tokens of a common prefix from which on it is read once
 ROWS_ON_CUDA = 16       # times the setting batch_size: a step's time there is that of its launches
@@ -159,13 +159,12 @@ def encode(chat, messages, begun=""):
 
 def check_context(chat, prompts, path):
     """UserError for the first of all prompts that is too long, before anything is written."""
-    for number, messages in enumerate(prompts, 1):
+    def check(messages):
         # A prompt of few bytes has few tokens.
         if isinstance(chat, Chat) and len(str(messages).encode()) > chat.context // 2:
-            try:
-                encode(chat, messages)
-            except UserError as error:
-                raise UserError(f"{path}, record {number}: {error}") from None
+            encode(chat, messages)
+
+    for_each(f"{path}, record", check, prompts)
 
 
 def sample(chat, prompts, seeds, settings, begun=None, end=None):
