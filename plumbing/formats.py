@@ -24,8 +24,8 @@ FOREIGN = {
 }
 HH = ("the text format of HH-RLHF; for each record r: r['prompt'] = r['chosen'].rpartition("
       "'\\n\\nAssistant:')[0].removeprefix('\\n\\nHuman:').strip(); for c in ('chosen', "
-      "'rejected'): r[c] = r[c].rpartition('\\n\\nAssistant:')[2].strip()   (of several turns, make "
-      "a list of messages)")
+      "'rejected'): r[c] = r[c].rpartition('\\n\\nAssistant:')[2].strip()   (of several turns, "
+      "make a list of messages)")
 
 
 def unify(record, columns):

@@ -66,7 +66,7 @@ class PlainText:
         text = self.tokenizer.decode(before + ids, **options)
         return text[len(self.tokenizer.decode(before, **options)):]
 
-    def apply_chat_template(self, messages, tokenize=True, return_dict=False, **options):
+    def apply_chat_template(self, messages, tokenize=True, **options):
         """The ids of a conversation; its text if not `tokenize`. UserError if the template refuses
         it, or leaves its system message out."""
         safe = [message | {"content": self.cut(message["content"], message["role"])}

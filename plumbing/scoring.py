@@ -22,10 +22,8 @@ def score(chat, examples, budget=0, name="scoring"):
 
     def score_group(group):
         with autocast():
-            values, counts = chat.pair_logps(chat.model, [examples[i] for i in group],
-                                             chat.pad_id)
-        scores[:, :, group] = values
-        tokens[:, :, group] = counts
+            scores[:, :, group], tokens[:, :, group] = chat.pair_logps(
+                chat.model, [examples[i] for i in group], chat.pad_id)
         bar.update(len(group))
 
     memory.in_micro_batches(score_group, chat.model, examples, range(len(examples)), settings)

@@ -158,7 +158,7 @@ def judge_by_text(server, prompts, comparisons):
     for query, a, b in comparisons:
         asked.append(sso.judge_messages(query, a.text, b.text, prompts))
         asked.append(sso.judge_messages(query, b.text, a.text, prompts))
-    responses, _ = sample(server, asked, list(map(str, range(len(asked)))), SHORT)
+    responses, _ = sample(server, asked, map(str, range(len(asked))), SHORT)
     wins = [named(response.text) for response in responses]     # of m: 1, 0, or 0.5
     marks = []
     disagree = 0
