@@ -98,10 +98,11 @@ def token_bytes(chat, example, recompute):
 def plan(chat, examples, settings):
     """Settle settings["micro_batch_tokens"], where 0 stands for what fits, and print what goes
     where. UserError if not even the longest example fits."""
+    weights = 0
     for parameter in chat.model.parameters():
         # Weights may be pages of their file, which pass for free until the first update.
         parameter.data = parameter.data.clone()
-    weights = sum(parameter.nbytes for parameter in chat.model.parameters())
+        weights += parameter.nbytes
     longest = max(examples, key=padded)
     least = padded(longest)
     each = token_bytes(chat, longest, settings["recompute_layers"])
@@ -112,10 +113,9 @@ def plan(chat, examples, settings):
     gc.collect()
     free = free_bytes() + weights
     room = SHARE * free - fixed
-    budget = settings["micro_batch_tokens"]
-    if not budget:
-        budget = max(least, int(min(MOST, room / each)) // 256 * 256)
-        settings["micro_batch_tokens"] = budget
+    fitting = max(least, int(min(MOST, room / each)) // 256 * 256)
+    budget = settings["micro_batch_tokens"] or fitting
+    settings["micro_batch_tokens"] = budget
     print(f"memory: {fixed / 1e9:.3g} GB for weights, gradients and AdamW, "
           f"{budget * each / 1e9:.3g} GB for activations of micro-batches of {budget:,} tokens; "
           f"{free / 1e9:.3g} GB are free")

@@ -89,15 +89,14 @@ class Output:
 def read_partial(path):
     """{index: record} of a partial file, one batch a line. A last line that was cut off goes."""
     done = {}
-    lines = []
-    if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    path.touch()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     try:
         for line in lines:
             done |= {int(i): record for i, record in json.loads(line).items()}
     except (ValueError, AttributeError):
         raise UserError(f"{path}: not what this command began; delete it") from None
-    write_text(path, "".join(line + "\n" for line in lines))
+    write_text(path, "\n".join([*lines, ""]))
     return done
 
 
