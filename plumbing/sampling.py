@@ -93,8 +93,9 @@ def draw(logits, randoms, temperature, top_p):
         drawn = drawn.clamp(max=probs.shape[1] - 1)
         tokens[rows] = drawn[:, 0]
         # Top-p: a token stays if those likelier than it hold less than top_p. Else draw again.
-        p = probs[rows].gather(1, drawn)                                                # (rows, 1)
-        likelier = (probs[rows] * (probs[rows] > p)).sum(1)                             # (rows,)
+        asked = probs[rows]
+        p = asked.gather(1, drawn)                                                      # (rows, 1)
+        likelier = (asked * (asked > p)).sum(1)                                         # (rows,)
         rows = [row for row, share in zip(rows, likelier.tolist()) if share >= top_p]
     return tokens
 
