@@ -11,7 +11,7 @@ CUT_TOO_OFTEN = 0.1
 def teaches_nothing(pairs):
     """Why the pairs of a record are skipped in training, or None. An equal pair has no gradient."""
     texts = [(pair.winner.text.strip(), pair.loser.text.strip()) for pair in pairs]
-    if not all(winner and loser for winner, loser in texts):
+    if not all(map(all, texts)):
         return "empty response"
     if all(winner == loser for winner, loser in texts):
         return "chosen equals rejected"

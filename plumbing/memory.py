@@ -130,10 +130,10 @@ def plan(chat, examples, settings):
 def micro_batches(examples, indices, budget):
     """Split `indices` into groups whose rows in plumbing/fast.py hold at most `budget` padded
     tokens (those of the plain form up to twice as many). Examples of like length come together."""
-    groups = [[]]
+    groups = []
     for i in sorted(indices, key=lambda i: padded(examples[i])):
         # The last one of a group is its widest.
-        if groups[-1] and (len(groups[-1]) + 1) * padded(examples[i]) > budget:
+        if not groups or (len(groups[-1]) + 1) * padded(examples[i]) > budget:
             groups.append([])
         groups[-1].append(i)
     return groups
@@ -152,7 +152,7 @@ def in_micro_batches(function, model, examples, indices, settings):
         budget = settings["micro_batch_tokens"] or MOST
         try:
             return [function(group) for group in micro_batches(examples, indices, budget)]
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             if not ran_out(error):
                 raise
         # Only behind that block are the tensors of its frames given back.

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from plumbing.records import UserError, as_lines, read_json, write_text
 
 NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile", "logps")  # but for rounding
-MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.jinja", "*.model", "vocab*",
-               "merges*", "special_tokens*", "generation_config.json")
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 ENOUGH = 16     # failures: with so many a command ends
 
 
@@ -28,9 +27,9 @@ def hash_of(path, size, time):
 
 def fingerprint(path):
     """A hash of a data file, or of a checkpoint's weights, settings and tokenizer."""
-    parts = {Path(path)}
+    parts = [Path(path)]
     if Path(path).is_dir():
-        parts = set().union(*(Path(path).glob(pattern) for pattern in MODEL_FILES))
+        parts = [part for part in Path(path).iterdir() if part.suffix in MODEL_FILES]
     digest = hashlib.sha256()
     for part in sorted(parts):
         state = part.stat()

@@ -29,8 +29,7 @@ def load_sampler(path, server=None, probes=()):
     A checkpoint's own sampling settings are not used: responses are to be the policy's own."""
     if server:
         return servers.load_server(server, path)
-    chat = inspect_chat(path, probes)
-    chat = load_weights(chat, path, precision())
+    chat = load_weights(inspect_chat(path, probes), path, precision())
     return chat._replace(shares_prefix=reads_shared_prefix(chat))
 
 

@@ -132,8 +132,8 @@ def without_thinking(text):
 def fault(server, error, messages):
     """A UserError of one line, without the key, which a server may repeat."""
     status = getattr(error, "status_code", None)
-    cause = error.__cause__             # of a request without any answer
-    what = " ".join(str(cause or error).replace(server.client.api_key, "...").split())[:200]
+    cause = error.__cause__ or error    # of a request without any answer it has one
+    what = " ".join(str(cause).replace(server.client.api_key, "...").split())[:200]
     if status in (401, 403):
         what = f"it wants a key that it knows, in the environment variable {KEY}"
     if status == 404:
@@ -156,8 +156,8 @@ def judge_by_text(server, prompts, comparisons):
     word. An answer without a name is half a win."""
     asked = []
     for query, a, b in comparisons:
-        asked.append(sso.judge_messages(query, a.text, b.text, prompts))
-        asked.append(sso.judge_messages(query, b.text, a.text, prompts))
+        asked += [sso.judge_messages(query, a.text, b.text, prompts),
+                  sso.judge_messages(query, b.text, a.text, prompts)]
     responses, _ = sample(server, asked, map(str, range(len(asked))), SHORT)
     wins = [named(response.text) for response in responses]     # of m: 1, 0, or 0.5
     marks = []
