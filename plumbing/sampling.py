@@ -125,12 +125,13 @@ def reads_shared_prefix(chat):
         seen.append(logits.float().log_softmax(1))
         return logits.argmax(1)
 
+    look = partial(decode, chat, choose=choose, is_over=lambda i, ids: True)
     try:
-        decode(chat, prompts, choose, lambda i, ids: True, shared=len(prefix))
+        look(prompts, shared=len(prefix))
     except Exception:           # of any kind: its cache is of another kind
         return False
     for prompt in prompts:
-        decode(chat, [prompt], choose, lambda i, ids: True)
+        look([prompt])
     tolerance = {torch.float32: 1e-3}.get(chat.model.dtype, 0.2)        # in nats
     return torch.allclose(seen[0], torch.cat(seen[1:]), rtol=0, atol=tolerance)
 

@@ -109,8 +109,8 @@ def read(server, completion):
         finished = choice.finish_reason not in UNFINISHED
         if not text and getattr(choice.message, "reasoning_content", None):
             raise ValueError(NO_ANSWER)
-        if text is None and not finished:
-            text = ""
+        if not finished:
+            text = text or ""
         text = without_thinking(text)
         text.encode()               # fails on half a surrogate pair
     except (AttributeError, LookupError, TypeError, UnicodeError):
