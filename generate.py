@@ -96,8 +96,8 @@ def written(principles, queries, out, recipe):
 def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
               originals: int = None, server=None):
     """Write to OUT the records of PRINCIPLES with the model's responses to the prompts of some
-    roles: y+ (chosen), y- (rejected), yo (original). Other columns stay. `originals`: yo for the
-    first so many queries alone, those that a generator is trained on."""
+    roles: y+ (chosen), y- (rejected), yo (original). Other columns stay. Only the first `originals`
+    queries get yo: those that a generator is trained on."""
     settings = stage_settings(recipe, "responses")
     prompts = recipe["prompts"]
     records = read_jsonl(principles, uses=())
@@ -132,8 +132,7 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
             tokens += answers.tokens
         return list(made.values()), tokens
 
-    made = grow(out, records, make, *sampling.sizes(chat, settings))
-    print_counts(out, made)
+    print_counts(out, grow(out, records, make, *sampling.sizes(chat, settings)))
 
 
 if __name__ == "__main__":
