@@ -15,6 +15,7 @@ is replaced by a fixed one.
 """
 
 import random
+from functools import partial
 
 import sso
 from plumbing import command, sampling
@@ -22,7 +23,7 @@ from plumbing.examples import print_counts
 from plumbing.outputs import Output, grow
 from plumbing.principles import check_form, in_one_answer, in_two_stages, with_principles
 from plumbing.recipes import stage_settings
-from plumbing.records import UserError, as_lines, read_jsonl, read_queries, write_text
+from plumbing.records import UserError, as_lines, for_each, read_jsonl, read_queries, write_text
 from plumbing.sampling import load_sampler, sample
 
 
@@ -93,18 +94,6 @@ def written(principles, queries, out, recipe):
 
 # ---- Step 2: responses ---------------------------------------------------------------------------
 
-def role_prompts(records, role, prompts, path):
-    """The prompts of a role, one for each record. UserError names the line of a record that lacks
-    its principle."""
-    messages = []
-    for number, record in enumerate(records, 1):
-        try:
-            messages.append(sso.role_messages(role, record, prompts))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-    return messages
-
-
 def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
               originals: int = None, server=None):
     """Write the records of PRINCIPLES to OUT with the model's responses to the prompts of some
@@ -113,7 +102,10 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
     settings = stage_settings(recipe, "responses")
     prompts = recipe["prompts"]
     records = read_jsonl(principles, uses=())
-    messages = {role: role_prompts(records, role, prompts, principles) for role in roles}
+    messages = {}
+    for role in roles:
+        prompt_of = partial(sso.role_messages, role, prompts=prompts)
+        messages[role] = for_each(f"{principles}, line", prompt_of, records)
     texts = {role: prompts[role] for role in roles}
     output = Output(out, settings | texts | {"originals": originals, "server": server},
                     {"model": model, "principles": principles})
@@ -141,8 +133,7 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
             tokens += answers.tokens
         return list(made.values()), tokens
 
-    made = grow(out, records, make, *sampling.sizes(chat, settings))
-    print_counts(out, made)
+    print_counts(out, grow(out, records, make, *sampling.sizes(chat, settings)))
 
 
 if __name__ == "__main__":

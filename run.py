@@ -94,7 +94,7 @@ def run_all(model, folders, out, recipe, objective, write_principles, judged_by)
 def measured(path, judged_by, inputs, recipe, measure):
     """The measures in a JSON file. If they are not there yet, measure(critic, limit) makes them."""
     output = Output(path, {}, inputs | judged_by)
-    if not output.is_current():
+    if not output.is_complete(remake=True):
         critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])
         measures = measure(critic, limit)
         path.unlink(missing_ok=True)        # so that no old one stands beside the new note

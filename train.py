@@ -28,7 +28,7 @@ from plumbing.models import autocast, choose_logps, inspect_chat, load_weights, 
 from plumbing.outputs import Output
 from plumbing.recipes import stage_settings
 from plumbing.scoring import score
-from plumbing.watch import Watch
+from plumbing.watch import make_watch
 
 
 # ---- Order, learning rate, optimizer -------------------------------------------------------------
@@ -124,7 +124,7 @@ def fit(chat, examples, loss, out, settings, terms=("L",), watch=None):
                 optimizer.step()
                 row |= {"lr": lr, "seconds": time.time() - began}
                 if watch:
-                    row |= watch.look(progress.step, len(batches))
+                    row |= watch(progress.step, len(batches))
                 progress.log(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
     except KeyboardInterrupt:
@@ -194,7 +194,7 @@ def train(stage, model, data, out, recipe):
 
     watch = None
     if stage == "policy":
-        watch = Watch(chat, data, settings, recipe["prompts"])
+        watch = make_watch(chat, data, settings, recipe["prompts"])
     fit(chat, examples, loss, out, settings, terms=sso.PAIRS[settings["objective"]], watch=watch)
 
 

@@ -61,7 +61,7 @@ def test_a_reward_model_learns_its_pairs_and_is_an_ordinary_folder(checkpoint, t
     line = f"--model {checkpoint} --out {out} --set reward.batch_size=10 --set reward.lr=1e-2 --set reward.epochs=5"
     run_here(f"python -m lab.reward train {data[0]} {data[1]} {line}", monkeypatch)
     rows = read_jsonl(out / "log.jsonl", needs=())
-    assert len(rows) == 20 and rows[-1]["loss"] < min(0.1, rows[0]["loss"]) and rows[-1]["accuracy"] == 1
+    assert len(rows) == 20 and rows[-1]["loss"] < min(0.1, rows[0]["loss"]) and rows[-1]["reward_accuracy"] == 1
     run_here(f"python -m lab.reward eval {test} --model {out}", monkeypatch)
     assert "| all | 20    | 1.000 ± 0.000 |" in capsys.readouterr().out
     # The rewards are what the saved folder gives to the chat template's text, with transformers alone.

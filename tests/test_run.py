@@ -311,7 +311,7 @@ def test_the_report_is_made_anew_for_another_critic_or_other_policies(tmp_path):
     report_of(other)
     assert seen[0] == seen[1] and seen[1:] == sorted(set(seen))
     (tmp_path / "run/report.json.args.json").unlink()
-    with pytest.raises(UserError, match="report.json was not made by this command; move or delete it"):
+    with pytest.raises(UserError, match="report.json exists and was not made by this command; .* move or delete it"):
         report_of(other)
 
 
