@@ -1,6 +1,6 @@
-"""What stands around a command: its flags, one process an output, and errors of one line.
+"""What surrounds a command: its flags, a lock on its output, and errors of one line.
 
-A command is a function; its parameters are its flags. Settings are changed by --set.
+A command is a function, and its parameters are its flags. --set changes settings.
 """
 
 import argparse
@@ -27,9 +27,9 @@ HELP = {
     "principle_model": "chat model that writes the principles (default: the model itself)",
     "data": "JSONL preference file",
     "roles": "responses to sample (default: all)",
-    "originals": "sample yo for the first N queries alone (default: for all)",
-    "objective": "row of sso.PAIRS; policy is PBAA (default: sso)",
-    "rounds": "each starts from the policy before",
+    "originals": "sample yo only for the first N queries (default: for all)",
+    "objective": "entry of sso.PAIRS; policy is PBAA (default: sso)",
+    "rounds": "rounds of the method; each starts from the policy of the one before",
     "policy": "chat model under which p(.) is measured",
     "grader": "Python file with grade(query, response, finished), 0 to 1",
     "judge": "chat model that compares two outputs",
@@ -46,8 +46,9 @@ SEVERAL = {"files": "+", "folders": "+", "roles": "+"}
 # ---- Flags ---------------------------------------------------------------------------------------
 
 def add_flags(parser, function):
-    """A flag for each parameter of a command, required if it has no default; files and folders need
-    no flag. Its type is its annotation. A recipe can be changed by further flags."""
+    """Add a flag for each parameter of a command. It is required if the parameter has no default,
+    and its type is the annotation. Files and folders need no flag. --set and --seed change the
+    recipe."""
     parameters = dict(inspect.signature(function).parameters)
     if parameters.pop("recipe", None):
         parser.add_argument("--recipe", help="TOML file of settings and prompts")
@@ -92,12 +93,12 @@ def parse(description, functions, default_recipe):
     return function, args
 
 
-# ---- One process an output -----------------------------------------------------------------------
+# ---- A lock on the output ------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def locked(out):
-    """Hold OUT, a file or a folder. UserError if another process does, or it cannot be written. The
-    lock ends with its process, however that dies."""
+    """Lock OUT, a file or a folder. UserError if another process holds it, or if it cannot be
+    written. The lock ends with its process, however the process dies."""
     path = Path(out).parent / f".{Path(out).name}.lock"
     made = [folder for folder in path.parents if not folder.exists()]
     try:
@@ -121,7 +122,7 @@ def locked(out):
 # ---- Errors --------------------------------------------------------------------------------------
 
 def reason(error):
-    """What went wrong, in one line, and what to do; None for a bug of this project."""
+    """What went wrong and what to do, in one line. None for a bug of this project."""
     if memory.ran_out(error):
         return (f"{error}; lower --set STAGE.micro_batch_tokens (training) or STAGE.batch_size "
                 "(sampling)")
@@ -133,8 +134,8 @@ def reason(error):
 
 
 def run(description, *functions, default_recipe=lambda args: None):
-    """Run a script: one of its functions, by the command line. Bad input, a full disk, Ctrl-C and
-    SIGTERM end in one line and a code that is not zero."""
+    """Run the function of a script that the command line names. Bad input, a full disk, Ctrl-C and
+    SIGTERM end in one line and an exit code that is not zero."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         function, args = parse(description, functions, default_recipe)

@@ -1,4 +1,4 @@
-"""Records as examples: token ids to train on or to score, and the reasons for skipping a record."""
+"""Turn records into examples, which are token ids to train on or to score. Some are skipped."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ CUT_TOO_OFTEN = 0.1
 
 
 def teaches_nothing(pairs):
-    """Why the pairs of a record are skipped in training, or None. An equal pair has no gradient."""
+    """Why training skips the pairs of a record, or None. A pair of equals has no gradient."""
     texts = [(pair.winner.text.strip(), pair.loser.text.strip()) for pair in pairs]
     if not all(map(all, texts)):
         return "empty response"
@@ -19,8 +19,9 @@ def teaches_nothing(pairs):
 
 
 def counts(records):
-    """What of the records of a step a reader should know: {"cut off" by the length limit: shares by
-    role, "skipped" in training: by reason, "principles": by the reason for the fixed pair}."""
+    """What a reader should know of the records of a step: {"cut off": shares by role that the
+    length limit cut, "skipped": counts by reason that training skips, "principles": counts by
+    reason for the fixed pair}."""
     cut = {}
     for role, column in sso.COLUMNS.items():
         finished = [record[f"{column}_finished"] for record in records
@@ -50,7 +51,7 @@ def print_counts(out, records):
 
 
 def without_end(chat, response):
-    """A response without the end-of-turn text that another tool may have left at its end."""
+    """A response without an end-of-turn text, which another tool may have left at its end."""
     end = chat.tokenizer.decode([chat.end_id])
     text = response.text.rstrip()
     if text.endswith(end):
@@ -59,8 +60,8 @@ def without_end(chat, response):
 
 
 def encode_record(record, objective, chat, max_length, prompts=sso.PROMPTS):
-    """(R pairs of token ids, None), or (None, why the record is skipped). ValueError if it lacks
-    something."""
+    """(R pairs of token ids, None), or (None, the reason why the record is skipped). ValueError if
+    the record lacks something."""
     turns = [turn for turn in record["prompt"] if turn["role"] != "system"]
     for roles in sso.PAIRS[objective].values():
         for column in (sso.COLUMNS[roles.winner], sso.COLUMNS[roles.loser]):
@@ -86,8 +87,8 @@ def encode_record(record, objective, chat, max_length, prompts=sso.PROMPTS):
 
 
 def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=None):
-    """The first `limit` records of a preference file as examples, and a count of those that are
-    skipped, by reason."""
+    """The first `limit` records of a preference file as examples, and counts by reason of those
+    that are skipped."""
     examples = []
     skipped = Counter()
     records = read_jsonl(path)[:limit]
@@ -111,7 +112,7 @@ def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=
 
 
 def read_responses(records, role, chat, max_length, prompts=sso.PROMPTS):
-    """The responses of a role under the plain prompt, as examples to score. Each is one pair whose
+    """The responses of a role under the plain prompt, as examples to score. Each is a pair whose
     loser is one token, which costs nothing. A response without any token is left out."""
     examples = []
     for record in records:

@@ -1,8 +1,8 @@
-"""`sso.pair_logps`, faster and in less memory: same signature, same numbers, same gradients.
+"""`sso.pair_logps`, faster and in less memory. Signature, numbers and gradients are the same.
 
-1. The prompt is read once. A pair is one row [prompt | winner | loser], a tree: positions restart
-   behind the prompt, and a mask hides the winner from the loser.
-2. Only response tokens reach the vocabulary, a chunk of logits at a time.
+1. The prompt is read once. A pair is one row, [prompt | winner | loser]. It is a tree: positions
+   restart behind the prompt, and a mask hides the winner from the loser.
+2. Only response tokens reach the vocabulary, and their logits exist a chunk at a time.
 
             sees   P P W W L        position
         P          x                  0
@@ -28,9 +28,9 @@ PROMPT, WINNER, LOSER, PADDING = range(4)       # segments of a row
 
 
 def make_rows(pairs, pad_id):
-    """N pairs (prompt, winner, loser) of token ids as rows [prompt | winner | loser | padding]:
-    input_ids, position_ids, segments, and sources, the places in (N·T,) of the tokens that predict
-    each; (N, T) each."""
+    """N pairs (prompt, winner, loser) of token ids as rows [prompt | winner | loser | padding].
+    Returns four tensors (N, T): input_ids, position_ids, segments, and sources. A source is the
+    place in (N·T,) of the token that predicts this one."""
     lengths = torch.tensor([list(map(len, pair)) for pair in pairs])                # (N, 3)
     fork, split, end = lengths.cumsum(1).T[:, :, None]      # where parts end, (N, 1) each
     place = torch.arange(end.max())                                                 # (T,)
@@ -64,7 +64,7 @@ def pair_logps(model, examples, pad_id):
     kind = model.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    # A cache or a 2-D mask would make transformers ignore this layout, without a word.
+    # With a cache or a 2-D mask, transformers would silently ignore this layout.
     output = model.base_model(input_ids=input_ids, position_ids=position_ids,
                               attention_mask=make_mask(segments, dtype), use_cache=False)
     responses = torch.stack([segments == WINNER, segments == LOSER])                # (2, N, T)
@@ -104,8 +104,8 @@ def chunk_logps(hidden, head, targets):
 @torch.no_grad()
 def reads_rows(model, window):
     """Whether `pair_logps` equals its plain form on a pair longer than the window of any layer. It
-    does not where attention ignores a mask, where a layer sees a window or keeps a state, or where
-    logits are changed behind the head (Granite, Gemma 2)."""
+    does not if attention ignores a mask, if a layer has a window or keeps a state, or if the model
+    changes logits behind its head (Granite, Gemma 2)."""
     prompt = [i % 7 for i in range(window + 2)]
     example = [sso.Pair(prompt, winner=[1, 0, 0, 5], loser=[0, 1, 3])]
     plain, _ = sso.pair_logps(model, [example], 0)

@@ -1,6 +1,5 @@
-"""What fits into the memory that there is. How many tokens a micro-batch holds is chosen before the
-work; where memory runs out all the same, the step starts over with half as many: the update is the
-same."""
+"""What fits into memory. The number of tokens in a micro-batch is chosen before the work starts. If
+memory runs out all the same, the step starts over with half as many. The update is the same."""
 
 import contextlib
 import ctypes
@@ -72,8 +71,8 @@ def padded(example):
 
 
 def token_bytes(chat, example, recompute):
-    """What a padded token keeps until the backward pass. Measured over one forward pass of an
-    example, cut to 1,024 tokens a row."""
+    """How many bytes a padded token keeps until the backward pass. They are measured over one
+    forward pass of an example, cut to 1,024 tokens a row."""
     short = [sso.Pair(pair.prompt[:512], pair.winner[:256], pair.loser[:256]) for pair in example]
     kept = {}       # {place: bytes}
 
@@ -96,8 +95,8 @@ def token_bytes(chat, example, recompute):
 
 
 def plan(chat, examples, settings):
-    """Settle settings["micro_batch_tokens"], where 0 stands for what fits, and print what goes
-    where. UserError if not even the longest example fits."""
+    """Settle settings["micro_batch_tokens"], where 0 means what fits, and print what memory is used
+    for. UserError if not even the longest example fits."""
     weights = trained = 0           # bytes
     for parameter in chat.model.parameters():
         # Weights may be pages of their file, which pass for free until the first update.
@@ -148,8 +147,8 @@ def ran_out(error):
 
 
 def in_micro_batches(function, model, examples, indices, settings):
-    """[function(group)] of groups of `indices`. Where memory runs out it starts over with zeroed
-    gradients and half of settings["micro_batch_tokens"], for good."""
+    """[function(group)] for groups of `indices`. If memory runs out, it starts over with zeroed
+    gradients and half of settings["micro_batch_tokens"], which stays so."""
     while True:
         budget = settings["micro_batch_tokens"] or MOST
         try:

@@ -1,4 +1,4 @@
-"""A chat model with what goes with it. What cannot work is refused before weights are loaded."""
+"""A chat model and what belongs to it. What cannot work is refused before weights are loaded."""
 
 import contextlib
 import inspect
@@ -25,13 +25,13 @@ OFFLINE = "; offline, fetch it where there is a network: hf download ID --local-
 
 
 class Chat(NamedTuple):
-    model: Any              # in eval mode: no dropout, in training either. None: not loaded
+    model: Any              # in eval mode, also in training: no dropout. None: not loaded
     tokenizer: Any          # plumbing.plaintext.PlainText
     stop_ids: list          # every id that ends a response
     end_id: int             # the one of them that closes an assistant turn
     pad_id: int
-    context: int            # tokens, at most, of prompt and response
-    window: int             # tokens that the layer of the shortest sight sees; 0: all see all
+    context: int            # the most tokens of prompt and response
+    window: int             # how many tokens the layer with the smallest window sees; 0: no window
     pair_logps: Callable = sso.pair_logps       # or fast.pair_logps
     shares_prefix: bool = False     # whether a prefix that all prompts share may be read once
 
@@ -40,7 +40,7 @@ class Chat(NamedTuple):
 
 @contextlib.contextmanager
 def refusing(path):
-    """What goes wrong with a model becomes a UserError of one line that names it."""
+    """An error about a model becomes a UserError of one line that names the model."""
     try:
         yield
     except Exception as error:                  # of many kinds, as a file is broken
@@ -86,7 +86,7 @@ def load_tokenizer(path):
 
 
 def stop_ids_of(path, config):
-    """The ids by which a checkpoint says that a response ends: Qwen has two."""
+    """The ids that end a response, as a checkpoint says. Qwen has two."""
     try:
         ids = GenerationConfig.from_pretrained(path).eos_token_id
     except (OSError, ValueError):               # it has no such file
@@ -97,8 +97,8 @@ def stop_ids_of(path, config):
 
 
 def sight(config):
-    """(context, window): the most tokens of a row, and how many the layer of the shortest sight
-    sees, 0 if all layers see everything. A sliding window is no limit of the context."""
+    """(context, window): the most tokens of a row, and how many tokens the layer with the smallest
+    window sees, 0 if all layers see everything. A window does not limit the context."""
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or 2**30
     kinds = " ".join(getattr(text, "layer_types", None) or ["sliding"])
@@ -110,8 +110,8 @@ def sight(config):
 
 
 def inspect_chat(path, probes=(), auto_class=AutoModelForCausalLM, **options):
-    """A `Chat` whose weights are not loaded. UserError if the model cannot be used here, or its
-    template does not take the prompts `probes`."""
+    """A `Chat` whose weights are not loaded yet. UserError if the model cannot be used here, or if
+    its template refuses the prompts `probes`."""
     tokenizer = load_tokenizer(path)
     with refusing(path):
         for messages in probes:
@@ -138,8 +138,8 @@ def inspect_chat(path, probes=(), auto_class=AutoModelForCausalLM, **options):
                             "free: choose a smaller model")
     end_id = tokenizer.end_id
     stop_ids = sorted({end_id, tokenizer.eos_token_id, *stop_ids_of(path, config)} - {None})
-    # Padding is always masked. But it must not be an end of turn, off which a reward is read, nor
-    # lie beyond the embedding.
+    # Padding is always masked. But its id must lie within the embedding, and must not be the end of
+    # a turn, since a reward model reads its reward there.
     candidates = [tokenizer.pad_token_id, *stop_ids, 0, 1]
     pad_id = next(i for i in candidates if i is not None and i != end_id and i < rows)
     return Chat(None, tokenizer, stop_ids, end_id, pad_id, *sight(config))
@@ -153,7 +153,7 @@ def load_weights(chat, path, dtype=torch.float32, auto_class=AutoModelForCausalL
         model, report = auto_class.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True, **options)
-        # transformers invents what is missing: right for a new reward head alone.
+        # transformers invents missing weights. Only a new reward head may be invented.
         invented = [name for name in (*report["missing_keys"], *report["mismatched_keys"])
                     if str(name).split(".")[0] not in FRESH.get(auto_class, ())]
         if invented:
@@ -179,13 +179,13 @@ def load_weights(chat, path, dtype=torch.float32, auto_class=AutoModelForCausalL
 
 
 def load_chat(path, logps="plain"):
-    """Load a chat model. Its log-probs come from `sso.pair_logps`, or if `logps` is "fast" from
-    plumbing/fast.py, where a check shows that they are right there."""
+    """Load a chat model. Its log-probs come from `sso.pair_logps`. If `logps` is "fast" they come
+    from plumbing/fast.py, provided that a check shows that these are right."""
     return choose_logps(load_weights(inspect_chat(path), path), logps)
 
 
 def choose_logps(chat, logps):
-    """The `Chat` with the function of its log-probs, "plain" or "fast"."""
+    """The `Chat` with its function for log-probs, "plain" or "fast"."""
     if logps == "plain":
         return chat
     if fast.reads_rows(chat.model, chat.window):
@@ -198,9 +198,10 @@ def choose_logps(chat, logps):
 # ---- Precision, time, memory ---------------------------------------------------------------------
 
 def precision():
-    """Of matrix products: bf16 on a card with units for it (compute capability 8, A100 or later).
-    On an older one, such as a T4, fp32: its fp16 ends at 65,504, and gradients below 6e-8 vanish in
-    it, so that training would need its loss scaled. On a CPU as the recipe's run.bf16_on_cpu says."""
+    """Of matrix products. It is bf16 on a card with units for it (compute capability 8: A100 or
+    later). On an older one, such as a T4, fp32: its fp16 ends at 65,504, and gradients below 6e-8
+    vanish in it, so training would need a scaled loss. On a CPU the recipe's run.bf16_on_cpu
+    decides."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     if device.type == "cpu" and bf16_on_cpu:
@@ -209,19 +210,18 @@ def precision():
 
 
 def autocast():
-    """bf16 matrix products where the card can. Weights stay fp32: in bf16, steps of 5e-7 would be
+    """Matrix products in the precision above. Weights stay fp32: in bf16 steps of 5e-7 would be
     rounded away."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision() == torch.bfloat16)
 
 
 def spare(model, settings):
-    """Save time by compiling; save memory by computing layers a second time in the backward
-    pass."""
+    """Save time by compiling, or memory by computing layers again in the backward pass."""
     if settings["compile"]:
-        model.base_model.compile(dynamic=True)      # not anew for every width of a micro-batch
+        model.base_model.compile(dynamic=True)      # once, and not for each width of a micro-batch
     if settings["recompute_layers"]:
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or model.gradient_checkpointing_enable      # transformers before 5.23
         enable({"use_reentrant": False})
-        for module in model.modules():      # it works in training mode alone, which is dropout, too
+        for module in model.modules():      # it needs training mode, which elsewhere means dropout
             module.training = hasattr(module, "gradient_checkpointing")

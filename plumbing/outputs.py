@@ -1,7 +1,7 @@
-"""What a command makes, a file or a model's folder, and a note of what it was made from.
+"""What a command makes (a file or a model's folder), and a note of what it was made from.
 
-Under its final name an output is complete. While it grows it is called OUT.partial, file or folder.
-OUT.args.json notes its settings and its inputs: a command with others refuses to touch it.
+An output gets its final name when it is complete. While it grows it is called OUT.partial.
+OUT.args.json notes its settings and inputs. A command with other ones refuses to touch it.
 """
 
 import functools
@@ -40,8 +40,8 @@ def fingerprint(path):
 
 
 class Output:
-    """An output with its note: settings, and inputs by name and content. Their places do not count,
-    so that a run's folder can be moved."""
+    """An output with its note: settings, and the name and content of each input. Where an input
+    lies does not count, so a run's folder can be moved."""
 
     def __init__(self, path, settings, inputs):
         self.path = Path(path)
@@ -54,7 +54,7 @@ class Output:
                 self.note[name] = f"{Path(source).name} with content {fingerprint(source)}"
 
     def difference(self):
-        """What it was made with that is not as it is now, in words, or None."""
+        """How it was made differently from now, in words, or None."""
         before = read_json(self.note_path)
         for key in self.note | before:
             old = before.get(key)
@@ -63,8 +63,8 @@ class Output:
                 return f"{key} = {old!r:.80}, not {new!r:.80}"
 
     def is_complete(self, remake=False):
-        """Whether it is there. UserError if it, or its beginning, was made from something else;
-        to `remake` it then, it counts as not there."""
+        """Whether it is there. If it, or its beginning, was made from something else, that is a
+        UserError; with `remake` it counts as not there."""
         begun = [path for path in (self.path, self.partial) if path.is_file() or
                  path.is_dir() and any(path.iterdir())]         # an empty folder is none
         if not begun:
@@ -80,14 +80,15 @@ class Output:
         return self.path in begun and not difference
 
     def write_note(self):
-        """To be called once the inputs have proved good, before anything else is written."""
+        """Call this when the inputs have proved good, before anything else is written."""
         write_text(self.note_path, json.dumps(self.note, indent=1))
 
 
 # ---- A file that grows ---------------------------------------------------------------------------
 
 def read_partial(path):
-    """{index: record} of a partial file, one batch a line. A last line that was cut off goes."""
+    """{index: record} of a partial file, one batch a line. A last line that was cut off is
+    dropped."""
     done = {}
     path.touch()
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
@@ -101,13 +102,14 @@ def read_partial(path):
 
 
 def grow(out, records, make, batch_size, workers):
-    """Make a record from each of `records` by `make(indices) -> (new records, tokens)`, a batch at
-    a time; with several workers, which wait for a server, so many batches at once. Writes them to
-    OUT in the order of `records`, and returns them. Continues OUT.partial, where a batch is a line,
-    kept as soon as it is made. UserError at the end if some batches failed: the others are kept."""
+    """Make a record from each of `records` by make(indices) -> (new records, tokens), a batch at a
+    time, or with several workers (which wait for a server) that many batches at once. Writes them
+    to OUT in the order of `records`, and returns them. OUT.partial keeps each batch as a line as
+    soon as it is made, and is continued. If batches failed, a UserError at the end says so; the
+    others are kept."""
     partial = Path(f"{out}.partial")
     done = read_partial(partial)
-    # Longest first: little is padded, and memory runs out at once or never.
+    # Longest first: then little is padded, and memory runs out at once or never.
     left = sorted(set(range(len(records))) - done.keys(), key=lambda i: (-len(str(records[i])), i))
     batches = [left[start:start + batch_size] for start in range(0, len(left), batch_size)]
     bar = tqdm(total=len(records), initial=len(done), desc=Path(out).name, unit="query")
@@ -147,8 +149,8 @@ def grow(out, records, make, batch_size, workers):
 
 
 def write_queries(out, folders, queries, heldout, settings, inputs):
-    """Write the held-out queries of a run, and to the folder of each round its share of the others,
-    unless they are there. UserError if other ones are."""
+    """Write the held-out queries of a run, and to the folder of each round its share of the other
+    queries, unless they are there. UserError if other queries are there."""
     if len(queries) < len(folders):
         raise UserError(f"--rounds {len(folders)}: more than the {len(queries)} queries")
     parts = {out / "heldout.jsonl": heldout}

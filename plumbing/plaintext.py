@@ -1,5 +1,5 @@
-"""Text is data: what stands in a query, a principle, a response or a judged output never becomes a
-control token, and so never forges a turn of the conversation."""
+"""Text is data. No text of a query, a principle, a response or a judged output becomes a control
+token, so none can forge a turn of the conversation."""
 
 import re
 from types import SimpleNamespace
@@ -16,20 +16,20 @@ TODAY = "{%- macro strftime_now(format) %}26 Jul 2024{% endmacro -%}"
 
 
 def inside_of(texts):
-    """A pattern that finds the place behind the first character of each of some texts."""
+    """A pattern that finds the place behind the first character of any of the texts."""
     places = [f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in texts]
     return re.compile("|".join(places) or "(?!)")
 
 
 class PlainText:
-    """A tokenizer whose special tokens come from its chat template alone. Text that spells one, as
-    `<|im_end|>`, is cut in two inside of it, and each part is read by itself."""
+    """A tokenizer whose special tokens come only from its chat template. If a text spells one, such
+    as `<|im_end|>`, the text is cut in two inside of it, and each part is read by itself."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.before = ""
-        # The tokens that control a conversation: {text: id} of special ones, and of those that the
-        # chat template writes (DeepSeek's of turns are not special).
+        # The tokens that control a conversation, {text: id}: the special ones, and those that the
+        # chat template writes. (DeepSeek's tokens for turns are not special.)
         self.specials = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
         for i, token in tokenizer.added_tokens_decoder.items():
             text = str(token)
@@ -42,7 +42,7 @@ class PlainText:
         return getattr(self.tokenizer, name)
 
     def cut(self, text, role="assistant"):
-        """A text of a role with a cut inside of everything in it that spells a special token."""
+        """A text of a role, with a cut inside of whatever spells a special token."""
         inside = self.inside
         if role == "assistant":
             inside = self.inside_answers
@@ -55,20 +55,20 @@ class PlainText:
         return ids
 
     def __call__(self, text, add_special_tokens=False):
-        """The ids of an assistant's text, as they stand behind the text `before`."""
+        """The ids that an assistant's text has behind the text `before`."""
         ids = self.read(self.before + self.cut(text))
         return SimpleNamespace(input_ids=ids[len(self.read(self.before)):])
 
     def decode_response(self, ids):
-        """The text of an assistant's ids, as they stand behind the text `before`."""
+        """The text that an assistant's ids have behind the text `before`."""
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         before = self.read(self.before)
         text = self.tokenizer.decode(before + ids, **options)
         return text[len(self.tokenizer.decode(before, **options)):]
 
     def apply_chat_template(self, messages, tokenize=True, **options):
-        """The ids of a conversation; its text if not `tokenize`. UserError if the template refuses
-        it, or leaves its system message out."""
+        """The ids of a conversation, or its text if not `tokenize`. UserError if the template
+        refuses it or leaves out its system message."""
         safe = [message | {"content": self.cut(message["content"], message["role"])}
                 for message in messages]
         try:
@@ -90,9 +90,9 @@ class PlainText:
         return self.read(text)
 
     def read_as_template(self):
-        """Choose `before` so that a response reads as in the template, and return whether that is
-        possible. SentencePiece puts a blank before a text that it reads by itself: "A" becomes the
-        token "▁A", which the model never says behind a line's end."""
+        """Choose `before` so that a response gets the same ids as in the template, and return
+        whether that is possible. SentencePiece puts a blank before a text that it reads by itself:
+        "A" becomes the token "▁A", which the model never says behind the end of a line."""
         user = [{"role": "user", "content": "q"}]
         asked = self.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
 

@@ -1,4 +1,4 @@
-"""Step 1, by a model or by a server. The form of an answer is `sso.PROMPTS["principles"]`.
+"""Step 1, by a model here or on a server. `sso.PROMPTS["principles"]` has the form of an answer.
 
 A model here, which may be small, writes in two stages, without a parser: it goes on with an answer
 that is begun for it, first with the bad principle, then with the good one. A server cannot be
@@ -15,7 +15,7 @@ LENGTH = 8      # words in a row that repeat a worked example
 
 
 def check_form(form):
-    """UserError if the form of step 1, which a recipe may replace, is not what is needed."""
+    """UserError if a recipe has replaced the form of step 1 by one that lacks something."""
     for number, example in enumerate(form["examples"], 1):
         if not isinstance(example, dict) or set(example) != {"query", "bad", "good"} or any(
                 not isinstance(text, str) for text in example.values()):
@@ -39,7 +39,8 @@ def cut(text, prompts):
 
 
 def in_two_stages(chat, messages, seeds, settings, prompts):
-    """(pairs (bad, good) of principles, tokens) by a model that goes on with a begun answer."""
+    """Pairs (bad, good) of principles, and the number of tokens. A model continues a begun
+    answer."""
     pairs = [{} for _ in messages]
     tokens = 0
     for kind in ("bad", "good"):
@@ -53,15 +54,15 @@ def in_two_stages(chat, messages, seeds, settings, prompts):
 
 
 def in_one_answer(server, messages, seeds, settings, prompts):
-    """The same by a server, with room for both in one answer."""
+    """The same by a server, which writes both principles in one answer."""
     settings = settings | {"max_new_tokens": 2 * settings["max_new_tokens"]}
     answers = sample(server, messages, seeds, settings)
     return [labelled(answer.text, prompts) for answer in answers.responses], answers.tokens
 
 
 def labelled(text, prompts=sso.PROMPTS):
-    """The (bad, good) principles of an answer behind their labels, which may stand in bold, as
-    headings, or behind a preamble; (None, None) without both labels."""
+    """The (bad, good) principles behind their labels in an answer. Labels may be bold, be headings,
+    or come after a preamble. (None, None) if one is missing."""
     form = prompts["principles"]["answer"]
     bad, good = (re.escape(part.strip(" :#\n")) for part in re.split("{bad}|{good}", form)[:2])
     end = r"[*_\s]*(?::|$)"             # of a label
@@ -78,7 +79,7 @@ def runs_of_words(text):
 
 
 def fault(bad, good, prompts=sso.PROMPTS):
-    """Why a pair of principles is of no use, or None. Small models repeat the worked examples."""
+    """Why a pair of principles cannot be used, or None. Small models repeat the worked examples."""
     if bad is None:
         return "no label"
     if not bad or not good:
@@ -93,7 +94,8 @@ def fault(bad, good, prompts=sso.PROMPTS):
 
 
 def with_principles(record, bad, good, prompts):
-    """A record with its principles; the fixed pair, and why, where the made one is of no use."""
+    """A record with its principles. If they cannot be used, it gets the fixed pair and the
+    reason."""
     reason = fault(bad, good, prompts)
     if reason:
         bad = prompts["fallback_bad"]

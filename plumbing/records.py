@@ -18,8 +18,8 @@ class UserError(ValueError):
 # ---- Reading -------------------------------------------------------------------------------------
 
 def read_jsonl(path, needs=("prompt",), uses=RESPONSES):
-    """The records of a JSONL file. Each has the texts `needs`. Its prompt, and the responses that
-    it `uses`, become lists of messages. UserError names the file and the line."""
+    """The records of a JSONL file. Each must have the texts `needs`. Its prompt and the responses
+    `uses` become lists of messages. UserError names the file and the line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     # Bytes and not splitlines(), which also splits at separators that a text may hold.
@@ -31,7 +31,7 @@ def read_jsonl(path, needs=("prompt",), uses=RESPONSES):
 
 
 def for_each(place, function, items):
-    """What a function makes of each item. UserError says which one it cannot take."""
+    """function(item) of each item. UserError says which item it cannot take."""
     made = []
     for number, item in enumerate(items, 1):
         try:
@@ -42,7 +42,7 @@ def for_each(place, function, items):
 
 
 def parse_record(line, needs, uses):
-    """The record in a line. ValueError says why it is none."""
+    """The record in a line. ValueError says why the line holds none."""
     try:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()         # fails on half a surrogate pair
@@ -63,7 +63,7 @@ def parse_record(line, needs, uses):
 
 
 def read_queries(path):
-    """The records of a file of queries, without duplicates: each prompt is one user message."""
+    """The records of a file of queries, without duplicates. Each prompt is one user message."""
     records = {}
     for number, record in enumerate(read_jsonl(path, uses=()), 1):
         if [message["role"] for message in record["prompt"]] != ["user"]:
@@ -76,8 +76,8 @@ def read_queries(path):
 
 
 def split_queries(path, heldout, seed):
-    """(queries, held-out queries). Without a file of their own, a tenth of the queries is held
-    out, 200 at most. What is held out is not trained on."""
+    """(queries, held-out queries). Without a file of held-out queries, a tenth of the queries is
+    held out, at most 200. Held-out queries are not trained on."""
     records = read_queries(path)
     if heldout:
         held = read_queries(heldout)
@@ -108,7 +108,7 @@ def read_json(path):
 # ---- Writing -------------------------------------------------------------------------------------
 
 def write_text(path, text):
-    """Write a file under another name, then rename it: a kill never leaves half a file."""
+    """Write a file under another name, then rename it. So a kill never leaves half a file."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(text, encoding="utf-8")

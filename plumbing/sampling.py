@@ -24,9 +24,10 @@ class Sampled(NamedTuple):
 
 
 def load_sampler(path, server=None, probes=()):
-    """The model at `path` for sampling, bf16 where the card has it. Or the model of that name at
-    the URL of a server. `probes`: prompts that its template must take, tried before it is loaded.
-    A checkpoint's own sampling settings are not used: responses are to be the policy's own."""
+    """The model at `path` for sampling, in bf16 where `precision` says so. Or the model of that
+    name at the URL of a server. `probes`: prompts that its template must take, tried before it is
+    loaded. A checkpoint's own sampling settings are not used: responses are to be the policy's
+    own."""
     if server:
         return servers.load_server(server, path)
     chat = load_weights(inspect_chat(path, probes), path, precision())
@@ -78,8 +79,8 @@ def decode(chat, prompts, choose, is_over, shared=0):
 
 
 def draw(logits, randoms, temperature, top_p):
-    """A token for each of N rows, (N,), from logits (N, V). Each row has its own source of random
-    numbers, so that its tokens do not depend on the rows beside it."""
+    """Draw a token for each of N rows, (N,), from logits (N, V). Each row has its own source of
+    random numbers, so its tokens do not depend on the rows beside it."""
     if temperature == 0:
         return logits.argmax(1)
     probs = (logits.float() / temperature).softmax(1)               # (N, V)
@@ -102,7 +103,7 @@ def draw(logits, randoms, temperature, top_p):
 # ---- A shared prefix -----------------------------------------------------------------------------
 
 def shared_prefix(prompts):
-    """How many tokens all prompts begin with, at least one of each left over; 0 if they are few."""
+    """How many tokens all prompts begin with, leaving at least one of each; 0 if they are few."""
     shared = 0
     for tokens in zip(*prompts):
         if len(set(tokens)) > 1:
@@ -115,8 +116,8 @@ def shared_prefix(prompts):
 
 
 def reads_shared_prefix(chat):
-    """Whether the model reads prompts behind a shared prefix as it does alone. Padding then stands
-    in the middle of a row, which a sliding window, or a layer with a state, takes amiss."""
+    """Whether the model reads prompts behind a shared prefix as it reads them alone. Padding is
+    then in the middle of a row, and that breaks a sliding window, or a layer with a state."""
     prefix = [i % 7 for i in range(chat.window + 4)]
     prompts = [prefix + [5], prefix + [1, 3, 2, 0, 4, 6]]
     seen = []
@@ -139,8 +140,7 @@ def reads_shared_prefix(chat):
 # ---- Text to text --------------------------------------------------------------------------------
 
 def sizes(chat, settings):
-    """How many records are sampled, and then written, together; and how many such batches at
-    once."""
+    """How many records are sampled and written together, and how many such batches run at once."""
     if isinstance(chat, servers.Server):
         return 1, servers.AT_ONCE
     if device.type == "cuda":
@@ -149,8 +149,8 @@ def sizes(chat, settings):
 
 
 def encode(chat, messages, begun=""):
-    """The token ids of a prompt, with the beginning of its answer. UserError if the model's context
-    has no room behind it."""
+    """The token ids of a prompt with the beginning of its answer. UserError if they leave no room
+    in the model's context."""
     ids = sso.encode_prompt(chat.tokenizer, messages) + chat.tokenizer(begun).input_ids
     if len(ids) >= chat.context:
         raise UserError(f"a prompt of {len(ids)} tokens leaves no room in the model's context of "
@@ -159,7 +159,7 @@ def encode(chat, messages, begun=""):
 
 
 def check_context(chat, prompts, path):
-    """UserError for the first of all prompts that is too long, before anything is written."""
+    """UserError for the first prompt that is too long, before anything is written."""
     def check(messages):
         # A prompt of few bytes has few tokens.
         if isinstance(chat, Chat) and len(str(messages).encode()) > chat.context // 2:

@@ -24,7 +24,7 @@ NO_ANSWER = ("it gave no answer, only its reasoning: raise max_new_tokens, or sw
 
 
 class Server:
-    """A model at a URL, and what it has refused."""
+    """A model at a URL, and the fields that it has refused."""
 
     def __init__(self, client, model):
         self.client = client            # openai.OpenAI
@@ -34,7 +34,8 @@ class Server:
         self.spare = threading.Semaphore(AT_ONCE - 1)       # and those of them that can be given up
 
     def send(self, messages, fields):
-        """The answer to a request. After one that had to be sent again there is a place less."""
+        """The answer to a request. If it had to be sent again, there is one place less from then
+        on."""
         with self.room:
             answer = self.client.chat.completions.with_raw_response.create(
                 model=self.model, messages=messages, **fields)
@@ -49,7 +50,8 @@ def say(server, text):
 
 
 def load_server(url, model):
-    """A server that has answered once: that it does not is better known now than after hours."""
+    """A server that has answered once. If it does not answer, that is known now, not after
+    hours."""
     try:
         import openai       # takes a second, and few need it
         key = os.environ.get(KEY) or "EMPTY"
@@ -88,8 +90,8 @@ def ask(server, settings, messages, seed):
 
 
 def leave_out(server, error, names):
-    """Whether a refused request is worth another try: without those of its fields that the server
-    names, else without the field that is not standard."""
+    """Whether a refused request is worth another try: without the fields that the server names,
+    else without the field that is not standard."""
     if getattr(error, "status_code", None) not in (400, 422):
         return False
     said = f"{error} {error.response.text}"
@@ -152,8 +154,8 @@ def known_models(server):
 # ---- A judge -------------------------------------------------------------------------------------
 
 def judge_by_text(server, prompts, comparisons):
-    """As `eval.judge_marks`, but by text: the name of which exactly one stands in the answer as a
-    word. An answer without a name is half a win."""
+    """As `eval.judge_marks`, but by text. The better output is the one whose name stands in the
+    answer as a word. If both names stand there, or none, each output gets half."""
     asked = []
     for query, a, b in comparisons:
         asked += [sso.judge_messages(query, a.text, b.text, prompts),
