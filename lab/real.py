@@ -224,7 +224,7 @@ def worlds(model, recipe, out: Path, strong=None, names=",".join(TOKENS), count:
             # p(.) costs as much as sampling, and varies less: a part of the queries will do.
             row = evaluation.measure_pairs(responses, model, None, own, only=MEASURED)
             row |= evaluation.measure_quality(read_jsonl(responses), sso.L, critic)
-            row["verdict"] = evaluation.verdict(row)
+            row["verdict"] = evaluation.verdict(row).split(":")[0]
             rows[f"{name}, {writer}"] = row
             results.write(out / "report.json", weights=results.sha256(model), rows=rows,
                           settings=own)
