@@ -6,6 +6,7 @@
 
 import gc
 import json
+import math
 import os
 import runpy
 import shlex
@@ -28,7 +29,11 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 import generate
+import sso
+from plumbing.examples import read_examples
+from plumbing.models import load_chat
 from plumbing.recipes import change, read_recipe
+from plumbing.records import read_json, read_jsonl
 from toy import world
 
 CHATML = ("{%- if messages[0]['role'] != 'system' and DEFAULT %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
@@ -118,6 +123,51 @@ def toy_data(tmp_path_factory):
     generate.principles(TOY_BASE, folder / "queries.jsonl", folder / "principles.jsonl", TOY)
     generate.responses(TOY_BASE, folder / "principles.jsonl", folder / "responses.jsonl", TOY)
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_responses(toy_data):
+    return toy_data / "responses.jsonl"
+
+
+@pytest.fixture
+def toy_chat():
+    return load_chat(TOY_BASE)
+
+
+@pytest.fixture
+def toy_examples(toy_chat, toy_responses):
+    """The responses as the generator's examples."""
+    return read_examples(toy_responses, "sso", toy_chat, 256, TOY["prompts"])[0]
+
+
+def naive_logp(model, prompt, response):
+    """log π(y|x) by a Python loop over one unpadded sequence: the model's own logits, a softmax a token."""
+    logits = model(torch.tensor([prompt + response])).logits[0].double()
+    total = 0
+    for i, token in enumerate(response):
+        total = total + torch.log(torch.softmax(logits[len(prompt) + i - 1], -1)[token])
+    return total
+
+
+def probability(chat, prompt, response):
+    """exp of the mean log-probability of a token of a response to chat messages."""
+    ids = sso.encode_response(chat.tokenizer, chat.end_id, response)
+    logp = naive_logp(chat.model, sso.encode_prompt(chat.tokenizer, prompt), ids)
+    return math.exp(logp.item() / len(ids))
+
+
+def texts(path, column):
+    return [record[column][-1]["content"] for record in read_jsonl(path)]
+
+
+def log(folder):
+    """The rows of a training's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(read_json(path) | changes))
 
 
 def write_jsonl(path, records):
