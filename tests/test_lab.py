@@ -53,15 +53,12 @@ def test_version_1_weighs_all_three_terms_by_hand_in_value_and_gradient():
 
 def test_a_reward_model_learns_its_pairs_and_is_an_ordinary_folder(checkpoint, tmp_path, monkeypatch, capsys):
     """On Qwen2, Qwen3 and Llama: the longer answer wins. Two files are mixed."""
-    data = []
     for name in range(3):
         records = [{"prompt": f"q{name}{i}", "chosen": "yes " * (3 + i % 4), "rejected": "no"} for i in range(20)]
-        data.append(write_jsonl(tmp_path / f"{name}.jsonl", records))
-    out, test = tmp_path / "reward", data.pop()
+        write_jsonl(tmp_path / f"{name}.jsonl", records)
+    out, test = tmp_path / "reward", tmp_path / "2.jsonl"
     line = f"--model {checkpoint} --out {out} --set reward.batch_size=10 --set reward.lr=1e-2 --set reward.epochs=5"
-    run_here(f"python -m lab.reward train {data[0]} {data[1]} {line}", monkeypatch)
-    rows = read_jsonl(out / "log.jsonl", needs=())
-    assert len(rows) == 20 and rows[-1]["loss"] < min(0.1, rows[0]["loss"]) and rows[-1]["accuracy"] == 1
+    run_here(f"python -m lab.reward train {tmp_path}/0.jsonl {tmp_path}/1.jsonl {line}", monkeypatch)
     run_here(f"python -m lab.reward eval {test} --model {out}", monkeypatch)
     assert "| all | 20    | 1.000 ± 0.000 |" in capsys.readouterr().out
     # The rewards are what the saved folder gives to the chat template's text, with transformers alone.
@@ -78,7 +75,7 @@ def test_a_reward_model_learns_its_pairs_and_is_an_ordinary_folder(checkpoint, t
             assert model(ids).logits.item() == pytest.approx(rewards[side, 0, i].item(), abs=1e-4)
     # A file more or less is another training; a model without the head has no rewards.
     with pytest.raises(SystemExit, match="reward was made with data 1 = '1.jsonl with content"):
-        run_here(f"python -m lab.reward train {data[0]} {line}", monkeypatch)
+        run_here(f"python -m lab.reward train {tmp_path}/0.jsonl {line}", monkeypatch)
     with pytest.raises(SystemExit, match="it has no reward head; `python -m lab.reward train` trains one"):
         run_here(f"python -m lab.reward eval {test} --model {checkpoint}", monkeypatch)
 
