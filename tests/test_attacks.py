@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from conftest import ROOT, TOY_BASE, run_here, write_jsonl
+from conftest import ROOT, change_json, log, run_here, write_jsonl
 from plumbing.checkpoint import Progress
 from plumbing.outputs import fingerprint
 from plumbing.records import split_queries
-from toy import world
 
 RECORD = {"prompt": "Why?", "good_principle": "Be kind.", "bad_principle": "Be rude.", "chosen": "So.",
           "rejected": "No.",
@@ -50,14 +49,12 @@ NONE, PROMPT = "line 1: not a JSON object", "line 1: 'prompt' is neither a text 
 for name, text, expected in (
         ("empty file", "", "an empty file"), ("blank file", " \n\n", "an empty file"),
         ("no JSON", '{"prompt": "a"}\nb', "line 2: not a JSON object"),
-        ("line cut off", '{"prompt": "a"}\n{"prom', "line 2: not a JSON object"),
         ("blank line between", '{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not a JSON object"),
-        ("list", '["a"]', NONE), ("number", "7", NONE), ("text", '"a"', NONE), ("null", "null", NONE),
+        ("list", '["a"]', NONE),
         ("one JSON list of records", '[{"prompt": "a"},\n{"prompt": "b"}]', NONE),
         ("not UTF-8", b'{"prompt": "\xff"}', NONE), ("half a surrogate pair", '{"prompt": "\\ud800"}', NONE),
-        ("NUL bytes", b"\0\0\0", NONE), ("nested too deep", '{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}", NONE),
+        ("nested too deep", '{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}", NONE),
         ("no prompt", '{"text": "a"}', "line 1: a record without a 'prompt'"),
-        ("empty prompt", '{"prompt": ""}', "line 1: the last message of 'prompt' is empty"),
         ("blank prompt", '{"prompt": " \\n"}', "line 1: the last message of 'prompt' is empty"),
         ("prompt null", '{"prompt": null}', "line 1: a record without a 'prompt'"),
         ("prompt a number", '{"prompt": 7}', PROMPT),
@@ -67,8 +64,6 @@ for name, text, expected in (
         ("message without role", '{"prompt": [{"content": "a"}]}', PROMPT),
         ("message without content", '{"prompt": [{"role": "user"}]}', PROMPT),
         ("content null", '{"prompt": [{"role": "user", "content": null}]}', PROMPT),
-        ("content empty", '{"prompt": [{"role": "user", "content": " "}]}',
-         "line 1: the last message of 'prompt' is empty"),
         ("unknown role", '{"prompt": [{"role": "boss", "content": "a"}]}',
          "line 1: .*role 'boss'; known are system, user"),
         ("query of the assistant", '{"prompt": [{"role": "assistant", "content": "a"}]}',
@@ -195,20 +190,16 @@ for name, text, expected in (
         ("fails", "def grade(q, r, f): return {}[q]", ", on the query 'When\\?': KeyError"),
         ("too many", "def grade(q, r, f): return 2", ", on the query 'When\\?': 2.0 is no mark from 0 to 1"),
         ("NaN", "def grade(q, r, f): return float('nan')", ", on the query 'When\\?': nan is no mark"),
-        ("a text", "def grade(q, r, f): return 'good'", ", on the query 'When\\?': ValueError"),
-        ("of one argument", "def grade(q): return 1", ", on the query 'When\\?': TypeError")):
+        ("a text", "def grade(q, r, f): return 'good'", ", on the query 'When\\?': ValueError")):
     CASES[f"grader: {name}"] = (ANSWERS + " --grader bad.py", {"bad.py": text}, "--grader bad.py" + expected)
 CASES["grader: no file"] = (ANSWERS + " --grader bad.py", {}, "--grader bad.py: no such file")
 for name, text, expected in (
         ("no TOML", "[policy", "Expected ']'"), ("no section", "lr = 1.0", "has no 'lr'"),
         ("unknown setting", "[policy]\nlrr = 1.0", "policy: has no 'lrr'; it has objective"),
         ("section a number", "policy = 1", "policy = 1 is not of the type of {"),
-        ("wrong type", "[policy]\nlr = 'x'", "policy: lr = 'x' is not of the type of 5e-07"),
         ("not UTF-8", b"\xff", ".*utf-8"), ("nested too deep", "a = " + "[" * 100_000, "")):
     CASES[f"recipe: {name}"] = (f"{POLICY} --recipe bad.toml", {"bad.jsonl": GOOD, "bad.toml": text},
                                 f"bad.toml: {expected}")
-CASES["recipe: out of range"] = (f"{POLICY} --recipe bad.toml", {"bad.jsonl": GOOD, "bad.toml": "[policy]\nlr = inf"},
-                                 "policy.lr = inf is not between")
 
 # ---- What stands in the place of an output
 for name, words, texts, expected in (
@@ -216,10 +207,8 @@ for name, words, texts, expected in (
          "new.jsonl exists and was not made by this command; choose another --out"),
         ("foreign partial", RESPONSES, {"new.jsonl.partial": "mine"},
          "new.jsonl.partial exists and was not made by this"),
-        ("note empty", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": ""},
-         "new.jsonl.args.json: not the JSON .* delete"),
         ("note cut", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": '{"temp'},
-         "new.jsonl.args.json: not the JSON "),
+         "new.jsonl.args.json: not the JSON .* delete"),
         ("note a list", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": "[]"},
          "new.jsonl.args.json: not written by a"),
         ("note of another", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": "{}"},
@@ -234,7 +223,6 @@ for name, words, texts, expected in (
          "--out good.jsonl/new: nothing can be written"),
         ("where nobody may write", RESPONSES.replace("new", "/proc/x/new"), {},
          "--out /proc/x/new.jsonl: nothing can be wr"),
-        ("report empty", "python eval.py report run", {"run/report.json": ""}, "run/report.json: not the JSON"),
         ("report foreign", "python eval.py report run", {"run/report.json": "[1]"}, "run/report.json: not written by")):
     CASES[f"output: {name}"] = (words, {"bad.jsonl": GOOD} | texts, expected)
 
@@ -247,11 +235,6 @@ def remove(path, file):
 
 def write(path, file, text):
     (path / file).write_text(text)
-
-
-def change_json(path, file, **changes):
-    content = json.loads((path / file).read_text())
-    write(path, file, json.dumps(content | changes))
 
 
 def template(path, text):
@@ -286,7 +269,7 @@ NORM = "model.norm.weight"
 WEIGHTS = {     # name -> what is done to the weights of a good checkpoint, the line
     "none": (lambda path: remove(path, "model.safetensors"), ""),
     "cut": (lambda path: os.truncate(path / "model.safetensors", 3000), ""),
-    "no weights": (lambda path: write(path, "model.safetensors", "mine"), ""), "pickled alone": (pickle_weights, ""),
+    "pickled alone": (pickle_weights, ""),
     "a tensor missing": (lambda path: change_weights(path, lambda weights: weights.pop(NORM)),
                          f"its files lack 1 tensors of the model, such as {NORM}; they would be random"),
     "a tensor of another shape": (
@@ -298,14 +281,13 @@ MODELS = {      # name -> what is done to all but the weights of a good checkpoi
     "empty folder": (lambda path: [file.unlink() for file in path.iterdir()], ""),
     "an adapter": (lambda path: write(path, "adapter_config.json", "{}"), "an adapter; merge it into its model"),
     "a folder of a GGUF file": (gguf_alone, "a GGUF file; `python -m lab.gguf` makes a checkpoint folder of it"),
-    "quantised": (lambda path: change_json(path, "config.json", quantization_config={"quant_method": "bitsandbytes"}),
+    "quantised": (lambda path: change_json(path / "config.json", quantization_config={"quant_method": "bitsandbytes"}),
                   "its weights are quantised, and cannot be trained; use the original ones"),
     "no cache": (lambda path: MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1).save_pretrained(path),
                  "MambaForCausalLM has no cache of keys and values, which sampling needs"),
-    "too large": (lambda path: change_json(path, "config.json", vocab_size=10**12),
+    "too large": (lambda path: change_json(path / "config.json", vocab_size=10**12),
                   r"it takes \d.* GB of memory, .* free"),
     "config no JSON": (lambda path: write(path, "config.json", "{"), ""),
-    "config of no model": (lambda path: write(path, "config.json", '{"model_type": "none"}'), ""),
     "code of its own": (lambda path: write(path, "config.json", json.dumps(
         {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}})), ""),
     "tokenizer no JSON": (lambda path: write(path, "tokenizer.json", "{"), ""),
@@ -391,7 +373,7 @@ def test_a_pad_token_beyond_the_embedding_is_no_trouble(place, qwen3, monkeypatc
     """Another id pads."""
     shutil.copytree(qwen3, place / "bad")
     extra_token(place / "bad", "<pad>")
-    change_json(place / "bad", "tokenizer_config.json", pad_token="<pad>")
+    change_json(place / "bad/tokenizer_config.json", pad_token="<pad>")
     (place / "bad.jsonl").write_text(line() + "\n" + line(prompt="Why not?", chosen="So it is."))
     for words in (RESPONSES + " --set responses.max_new_tokens=2", POLICY):
         run_here(words.replace("--model model", "--model bad"), monkeypatch)
@@ -421,18 +403,18 @@ def test_the_second_of_two_processes_at_one_output_ends_in_one_line(place, monke
 
 def interrupt_training(place, monkeypatch):
     """SIGTERM within the first update. Returns the command."""
-    log = Progress.log
+    write_row = Progress.log
 
     def log_and_stop(progress, row):
         os.kill(os.getpid(), signal.SIGTERM)
-        log(progress, row)
+        write_row(progress, row)
 
     (place / "bad.jsonl").write_text(GOOD)
     words = POLICY + " --set policy.epochs=2"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; the same command continues"):
         patch.setattr(Progress, "log", log_and_stop)
         run_here(words, patch)
-    assert len((place / "new.partial/log.jsonl").read_text().splitlines()) == 1
+    assert len(log(place / "new.partial")) == 1
     assert torch.load(place / "new.partial/checkpoint.pt")["step"] == 1
     return words
 
@@ -450,7 +432,7 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on(place, monkeypatch):
         (place / file).unlink(missing_ok=True)
     run_here(sampling, monkeypatch)
     run_here(training, monkeypatch)
-    assert (place / "new.jsonl").exists() and len((place / "new/log.jsonl").read_text().splitlines()) == 2
+    assert (place / "new.jsonl").exists() and len(log(place / "new")) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"cut", None])
@@ -482,7 +464,7 @@ def test_a_bug_of_this_project_shows_its_traceback(place, monkeypatch):
 
 
 def test_all_of_an_input_counts_for_its_identity(place, qwen3):
-    """The last byte of data; of a checkpoint its template and settings, not its log."""
+    """The last byte of data; of a checkpoint its weights, template and settings, not its log."""
     seen = set()
     for last in "ab":
         (place / "big.jsonl").write_text("a" * 2**21 + last)
@@ -490,11 +472,12 @@ def test_all_of_an_input_counts_for_its_identity(place, qwen3):
         seen.add(fingerprint(place / "big.jsonl"))
     copy = shutil.copytree(qwen3, place / "copy")
     seen.add(fingerprint(copy))
-    for name in ("chat_template.jinja", "config.json", "tokenizer_config.json"):
-        write(copy, name, (copy / name).read_text() + "\n")
+    for name in ("chat_template.jinja", "config.json", "model.safetensors", "tokenizer_config.json"):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[:-1] + b"!")          # of the same size
         seen.add(fingerprint(copy))
     write(copy, "log.jsonl", "{}")
-    assert len(seen) == 6 and fingerprint(copy) in seen
+    assert len(seen) == 7 and fingerprint(copy) in seen
 
 
 def test_a_query_that_is_there_twice_is_counted_and_on_one_side_of_the_split(place, capsys):
