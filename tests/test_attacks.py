@@ -4,7 +4,6 @@ says what is wrong."""
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess

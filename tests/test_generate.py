@@ -13,7 +13,6 @@ import sso
 from conftest import PAPER, TOY, TOY_BASE, run_here, texts, write_jsonl
 from plumbing import sampling
 from plumbing.examples import teaches_nothing
-from plumbing.models import inspect_chat, load_weights
 from plumbing.principles import with_principles
 from plumbing.recipes import change
 from plumbing.records import UserError, read_jsonl
@@ -84,14 +83,6 @@ def test_an_answer_depends_on_its_prompt_and_seed_alone(toy_sampler, toy_data, t
     generate.responses(TOY_BASE, write_jsonl(tmp_path / "twins.jsonl", twins), tmp_path / "t", TOY, ["good", "bad"])
     good, bad = texts(tmp_path / "t", "chosen"), texts(tmp_path / "t", "rejected")
     assert len(set(good)) > 1 and good != bad
-
-
-def test_attention_read_eagerly_gives_the_same_answers(checkpoint):
-    chat = load_sampler(checkpoint)
-    eager = load_weights(inspect_chat(checkpoint), checkpoint, attn_implementation="eager").model
-    assert (chat.model.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
-    answers = sample(chat, PREFIXED, [""] * 4, GREEDY)
-    assert sample(chat._replace(model=eager), PREFIXED, [""] * 4, GREEDY) == answers
 
 
 def test_rows_whose_answers_are_over_leave_once_they_are_more_than_a_quarter(toy_sampler, monkeypatch):

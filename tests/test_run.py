@@ -362,11 +362,9 @@ def results(folder):
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    """In each of its stages at a random moment. SSO_KILLS=10 kills ten times a stage, at other moments each time."""
+    """In each of its stages at a random moment."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    kills = int(os.environ.get("SSO_KILLS", 1))
-    seed = random.randrange(2**32) if kills > 1 else 0
-    rng = random.Random(seed)
+    rng = random.Random(0)
     words = (f"--model {TOY_BASE} --queries {write_queries(tmp_path, 20)} --recipe {world.RECIPE} "
              f"--grader {world.__file__} --set principles.batch_size=4 --set responses.batch_size=4 "
              "--set generator.batch_size=4 --set generator.epochs=2 --set policy.batch_size=4")
@@ -378,18 +376,16 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, monkeyp
     ends = [began] + [(whole / file).stat().st_mtime for file in OUTPUTS]
     hits = []
     for stage in range(len(OUTPUTS)):
-        for _ in range(kills):
-            process = start(killed, words)
-            delay = rng.random() * (ends[stage + 1] - ends[stage])
-            if kill(process, killed, stage, delay):
-                hits.append(first_missing(killed))
-            for partial in killed.glob("*.jsonl.partial"):      # its last lines are torn
-                os.truncate(partial, max(0, partial.stat().st_size - rng.randrange(1000)))
+        process = start(killed, words)
+        delay = rng.random() * (ends[stage + 1] - ends[stage])
+        if kill(process, killed, stage, delay):
+            hits.append(first_missing(killed))
+        for partial in killed.glob("*.jsonl.partial"):      # its last lines are torn
+            os.truncate(partial, max(0, partial.stat().st_size - rng.randrange(1000)))
     process = start(killed, words)
     process.join()
     assert process.exitcode == 0, Path(f"{killed}.log").read_text()[-2000:]
-    print("killed before the end of", hits, "seed", seed)
-    assert len(hits) >= 0.9 * kills * len(OUTPUTS) - 1 and len(set(hits)) >= 6, hits
+    assert len(hits) >= 0.8 * len(OUTPUTS) and len(set(hits)) >= 6, hits
     expected, found = results(whole), results(killed)
     assert found.keys() == expected.keys() and len(expected) > 40
-    assert [name for name in expected if found[name] != expected[name]] == [], (hits, seed)
+    assert [name for name in expected if found[name] != expected[name]] == [], hits
