@@ -115,6 +115,12 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder as the current one."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory):
     """A folder with queries, principles and responses of the toy's base model."""
@@ -163,15 +169,15 @@ def texts(path, column):
 
 def log(folder):
     """The rows of a training's log."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
 def change_json(path, **changes):
-    path.write_text(json.dumps(read_json(path) | changes))
+    Path(path).write_text(json.dumps(read_json(path) | changes))
 
 
 def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 

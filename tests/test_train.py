@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from plumbing.records import UserError, read_json, read_jsonl
 from plumbing.scoring import score
 from toy import world
 
+pytestmark = pytest.mark.usefixtures("here")
+
 
 def recipe(stage, **settings):
     """The toy's recipe with a training of few steps."""
@@ -32,7 +35,7 @@ def recipe(stage, **settings):
 
 
 def assert_same_weights(a, b, atol):
-    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
+    a, b = (load_file(f"{folder}/model.safetensors") for folder in (a, b))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol)
@@ -81,16 +84,16 @@ def policy(toy_responses, tmp_path_factory):
 
 @pytest.mark.parametrize("settings", [{"logps": "fast"}, {"micro_batch_tokens": 600, "recompute_layers": 1},
                                       {"logps": "fast", "micro_batch_tokens": 300, "recompute_layers": 1}])
-def test_log_probs_micro_batches_and_layers_computed_again_train_the_same_policy(policy, toy_responses, tmp_path, settings):
+def test_log_probs_micro_batches_and_layers_computed_again_train_the_same_policy(policy, toy_responses, settings):
     """From a model with dropout, which nothing may turn on."""
-    model = shutil.copytree(TOY_BASE, tmp_path / "model")
-    change_json(model / "config.json", attention_dropout=0.5)
-    train.policy(model, toy_responses, tmp_path / "out", recipe("policy", lr=1e-4, **settings))
-    assert_same_weights(policy, tmp_path / "out", atol=1e-5)
+    shutil.copytree(TOY_BASE, "model")
+    change_json("model/config.json", attention_dropout=0.5)
+    train.policy("model", toy_responses, "out", recipe("policy", lr=1e-4, **settings))
+    assert_same_weights(policy, "out", atol=1e-5)
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_the_same_policy_and_few_of_them_are_made(policy, toy_responses, tmp_path, monkeypatch):
+def test_compiled_layers_train_the_same_policy_and_few_of_them_are_made(policy, toy_responses, monkeypatch):
     """Not one for every width. The backend needs no C++ compiler: it shows what dynamo makes of the model, and how
     often."""
     compile, make_mask = torch.nn.Module.compile, fast.make_mask
@@ -107,16 +110,16 @@ def test_compiled_layers_train_the_same_policy_and_few_of_them_are_made(policy, 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(self, backend=backend, **how))
     monkeypatch.setattr(fast, "make_mask", watched)
     settings = recipe("policy", lr=1e-4, compile=1, logps="fast", micro_batch_tokens=150)
-    train.policy(TOY_BASE, toy_responses, tmp_path / "out", settings)
-    assert_same_weights(policy, tmp_path / "out", atol=1e-5)
+    train.policy(TOY_BASE, toy_responses, "out", settings)
+    assert_same_weights(policy, "out", atol=1e-5)
     assert len(widths) > 5 and 0 < len(made) <= 8
 
 
-def test_every_batch_is_compared_with_the_reference_of_its_own_examples(toy_responses, tmp_path):
+def test_every_batch_is_compared_with_the_reference_of_its_own_examples(toy_responses):
     """With a learning rate of next to nothing the policy stays the reference: all margins are zero."""
-    train.generator(TOY_BASE, toy_responses, tmp_path / "g", recipe("generator", lr=1e-12, batch_size=7))
-    assert len(log(tmp_path / "g")) > 5
-    for row in log(tmp_path / "g"):
+    train.generator(TOY_BASE, toy_responses, "g", recipe("generator", lr=1e-12, batch_size=7))
+    assert len(log("g")) > 5
+    for row in log("g"):
         assert [row["margin"], row["chosen_rewards"], row["base"] - math.log(2)] == pytest.approx([0, 0, 0], abs=1e-5)
 
 
@@ -147,7 +150,7 @@ def loss_by_hand(model, pair, base_loss, gamma, beta, margin):
 @pytest.mark.parametrize("stage, objective, base_loss, gamma", [
     ("generator", "sso", "dpo", 0.3), ("policy", "policy", "dpo", 0.0), ("generator", "mine", "ipo", 0.3),
     ("policy", "policy", "simpo", 0.0)])
-def test_a_training_does_one_step_by_hand(toy_responses, tmp_path, monkeypatch, capsys, stage, objective, base_loss, gamma):
+def test_a_training_does_one_step_by_hand(toy_responses, monkeypatch, capsys, stage, objective, base_loss, gamma):
     """One step moves the weights as AdamW on the naive loss does. An objective of one's own is a row, a base loss a
     function. SimPO has a setting of its own, and makes no reference pass."""
     beta, margin, lr, decay, scored = 0.2, 0.7, 1e-3, 5.0, []
@@ -156,7 +159,7 @@ def test_a_training_does_one_step_by_hand(toy_responses, tmp_path, monkeypatch, 
     monkeypatch.setitem(sso.BASE_LOSSES, "simpo", simpo_loss)
     monkeypatch.setattr(sso, "REFERENCE_FREE", {"simpo"})
     monkeypatch.setattr(train, "score", lambda *args, **how: scored.append(args) or score(*args, **how))
-    train.train(stage, TOY_BASE, toy_responses, tmp_path / "out", recipe(
+    train.train(stage, TOY_BASE, toy_responses, "out", recipe(
         stage, objective=objective, base_loss=base_loss, gamma=gamma, beta=beta, margin=margin, lr=lr,
         weight_decay=decay, batch_size=1000, examples=20, warmup=0.0, clip=0.5))
     known = {"dpo": "0.6931 (ln 2 = 0.6931)", "ipo": "6.2500 (1/(4β²) = 6.2500)", "simpo": ""}
@@ -173,9 +176,9 @@ def test_a_training_does_one_step_by_hand(toy_responses, tmp_path, monkeypatch, 
     torch.nn.utils.clip_grad_norm_(parameters, 0.5)
     torch.optim.AdamW([{"params": [p for p in parameters if p.ndim == 2], "weight_decay": decay},
                        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}], lr=lr).step()
-    row, = log(tmp_path / "out")
+    row, = log("out")
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-4) and ("loss B" in row) == (objective == "mine")
-    trained = load_chat(tmp_path / "out").model.state_dict()
+    trained = load_chat("out").model.state_dict()
     moved = [trained[name] - value * (1 - lr * decay * (value.ndim == 2)) for name, value in before.items()]
     assert max(change.abs().max().item() for change in moved) == pytest.approx(lr, rel=0.01)
     for name, value in chat.model.state_dict().items():
@@ -183,7 +186,7 @@ def test_a_training_does_one_step_by_hand(toy_responses, tmp_path, monkeypatch, 
         assert close.float().mean() > 0.99, name
 
 
-def test_gradients_are_clipped_and_the_schedule_applied_before_an_update(toy_responses, tmp_path, monkeypatch):
+def test_gradients_are_clipped_and_the_schedule_applied_before_an_update(toy_responses, monkeypatch):
     """AdamW's first step would not tell. The log has the norm before the clipping."""
     norms, rates, step = [], [], torch.optim.AdamW.step
 
@@ -196,8 +199,8 @@ def test_gradients_are_clipped_and_the_schedule_applied_before_an_update(toy_res
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     logged = []
     for clip in (0.25, 1e6):
-        train.policy(TOY_BASE, toy_responses, tmp_path / str(clip), recipe("policy", clip=clip, lr=1e-3, warmup=0.6))
-        logged += log(tmp_path / str(clip))
+        train.policy(TOY_BASE, toy_responses, str(clip), recipe("policy", clip=clip, lr=1e-3, warmup=0.6))
+        logged += log(str(clip))
     clipped = [min(row["grad_norm"], 0.25) for row in logged[:3]]
     assert norms == pytest.approx(clipped + [row["grad_norm"] for row in logged[3:]], rel=1e-4) and clipped[0] == 0.25
     assert rates == [[row["lr"]] * 2 for row in logged] and rates[:2] == [[5e-4] * 2, [1e-3] * 2]
@@ -215,11 +218,11 @@ def test_schedule_and_order():
 
 # ---- The log -------------------------------------------------------------------------------------
 
-def test_every_step_is_logged(toy_responses, tmp_path, monkeypatch, capsys):
+def test_every_step_is_logged(toy_responses, monkeypatch, capsys):
     made, make_batches = [], train.make_batches
     monkeypatch.setattr(train, "make_batches", lambda *args: made.append(args) or make_batches(*args))
-    train.generator(TOY_BASE, toy_responses, tmp_path / "g", change(recipe("generator"), run={"seed": 4}))
-    printed, rows = capsys.readouterr().out, log(tmp_path / "g")
+    train.generator(TOY_BASE, toy_responses, "g", change(recipe("generator"), run={"seed": 4}))
+    printed, rows = capsys.readouterr().out, log("g")
     n = int(printed.split("responses.jsonl: ")[1].split()[0])
     assert made == [(n, 16, 1, 4)]              # examples, batch size, epochs, seed
     assert "L-: prompt '<|im_start|> system" in printed
@@ -241,7 +244,7 @@ def probability_of_yo(model, data):
     return sum(values) / len(values)
 
 
-def test_a_policys_log_has_how_probable_its_own_answers_still_are(toy_responses, tmp_path, monkeypatch, capsys):
+def test_a_policys_log_has_how_probable_its_own_answers_still_are(toy_responses, monkeypatch, capsys):
     """Its learning rate is far too high, so there is a warning; also after an interruption, when the weights before are
     gone."""
     calls, accumulate = [], train.accumulate_gradient
@@ -255,14 +258,14 @@ def test_a_policys_log_has_how_probable_its_own_answers_still_are(toy_responses,
     monkeypatch.setattr(train, "accumulate_gradient", interrupted)
     settings = recipe("policy", batch_size=4, lr=3e-2)
     with pytest.raises(KeyboardInterrupt):
-        train.policy(TOY_BASE, toy_responses, tmp_path / "p", settings)
-    train.policy(TOY_BASE, toy_responses, tmp_path / "p", settings)
-    rows = log(tmp_path / "p")
+        train.policy(TOY_BASE, toy_responses, "p", settings)
+    train.policy(TOY_BASE, toy_responses, "p", settings)
+    rows = log("p")
     looked = {row["step"]: row["p(original)"] for row in rows if "p(original)" in row}
     assert list(looked) == [0, 8, len(rows) - 1] and len(rows) > 10         # after the update of that step
     before, = {row["p(original) before"] for row in rows if "p(original)" in row}
     assert before == pytest.approx(probability_of_yo(TOY_BASE, toy_responses), rel=1e-4)
-    assert looked[len(rows) - 1] == pytest.approx(probability_of_yo(tmp_path / "p", toy_responses), rel=1e-3)
+    assert looked[len(rows) - 1] == pytest.approx(probability_of_yo("p", toy_responses), rel=1e-3)
     line = f"p(original) fell from {before:.2f} to {looked[8]:.2f}: the policy unlearns its own answers"
     assert line in capsys.readouterr().out and looked[8] < before / 2
 
@@ -295,19 +298,19 @@ def train_policy(data, out):
     train.policy(TOY_BASE, data, out, SETTINGS)
 
 
-def test_the_loop_trains_by_any_loss(toy_chat, toy_responses, tmp_path, capsys):
-    chat, examples = fit_supervised(toy_responses, tmp_path / "out")
+def test_the_loop_trains_by_any_loss(toy_chat, toy_responses, capsys):
+    chat, examples = fit_supervised(toy_responses, "out")
     with torch.no_grad():
         before, after = (supervised(each, examples)(range(len(examples)))[0].mean() for each in (toy_chat, chat))
     assert after < 0.9 * before
-    first = log(tmp_path / "out")[0]
+    first = log("out")[0]
     assert first.keys() == {"step", "loss", "grad_norm", "lr", "seconds"}
     assert f"loss at step zero: {first['loss']:.4f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("trains, stop", [(fit_supervised, signal.SIGINT), (train_policy, signal.SIGTERM),
                                           (train_policy, None)])
-def test_an_interrupted_training_continues_to_the_same_weights(toy_responses, tmp_path, monkeypatch, trains, stop):
+def test_an_interrupted_training_continues_to_the_same_weights(toy_responses, monkeypatch, trains, stop):
     """The signal comes between the second update and its line of the log, and is held back: it is neither lost nor done
     twice. Without a signal, a kill behind that line: the log is ahead of the last checkpoint."""
     write = Progress.log
@@ -323,54 +326,55 @@ def test_an_interrupted_training_continues_to_the_same_weights(toy_responses, tm
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
         patch.setattr(Progress, "log", log_and_stop)
         patch.setattr(checkpoint, "SAVE_SECONDS", -1)           # a checkpoint before every step
-        trains(toy_responses, tmp_path / "a")
+        trains(toy_responses, "a")
     assert [signal.getsignal(each) for each in checkpoint.STOPS] == handlers
-    assert torch.load(tmp_path / "a.partial/checkpoint.pt")["step"] == 1 + bool(stop)
-    assert len(log(tmp_path / "a.partial")) == 2 and not (tmp_path / "a").exists()
+    assert torch.load("a.partial/checkpoint.pt")["step"] == 1 + bool(stop)
+    assert len(log("a.partial")) == 2 and not Path("a").exists()
     for name in "ab":
-        trains(toy_responses, tmp_path / name)
-    assert_same_weights(tmp_path / "a", tmp_path / "b", atol=1e-6)
-    assert [row["step"] for row in log(tmp_path / "a")] == [0, 1, 2]
-    assert not (tmp_path / "a/checkpoint.pt").exists()
+        trains(toy_responses, name)
+    assert_same_weights("a", "b", atol=1e-6)
+    assert [row["step"] for row in log("a")] == [0, 1, 2]
+    assert not Path("a/checkpoint.pt").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_command_that_was_stopped_continues_to_the_same_weights(toy_responses, tmp_path, stop):
-    line = f"train.py generator --model {TOY_BASE} --data {toy_responses} --recipe {world.RECIPE} --set generator.batch_size=4"
-    process = subprocess.Popen([sys.executable, *line.split(), "--out", tmp_path / "a"], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True,       # Ctrl-C reaches it, also under nohup
+def test_a_command_that_was_stopped_continues_to_the_same_weights(toy_responses, stop):
+    line = (f"{ROOT}/train.py generator --model {TOY_BASE} --data {toy_responses} --recipe {world.RECIPE} "
+            "--set generator.batch_size=4 --out a")
+    process = subprocess.Popen([sys.executable, *line.split()], stderr=subprocess.PIPE, text=True,
+                               # Ctrl-C reaches it, also under nohup.
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while not ((tmp_path / "a.partial/log.jsonl").exists() and len(log(tmp_path / "a.partial")) > 2):
+    while not (Path("a.partial/log.jsonl").exists() and len(log("a.partial")) > 2):
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(stop)
     said = process.communicate()[1]
     assert process.returncode
     assert said.endswith("interrupted; the same command continues where it stopped\n")
-    assert torch.load(tmp_path / "a.partial/checkpoint.pt")["step"] == len(log(tmp_path / "a.partial")) > 2
+    assert torch.load("a.partial/checkpoint.pt")["step"] == len(log("a.partial")) > 2
     for name in "ab":
-        train.generator(TOY_BASE, toy_responses, tmp_path / name, change(TOY, generator={"batch_size": 4}))
-    assert_same_weights(tmp_path / "a", tmp_path / "b", atol=1e-6)
-    assert [row["step"] for row in log(tmp_path / "a")] == list(range(48))
+        train.generator(TOY_BASE, toy_responses, name, change(TOY, generator={"batch_size": 4}))
+    assert_same_weights("a", "b", atol=1e-6)
+    assert [row["step"] for row in log("a")] == list(range(48))
 
 
 @pytest.mark.parametrize("batch_size, message", [
     (8, r"the loss became nan .* at step [12]; the last good state is \S+checkpoint.pt. Try a lower learning rate"),
     (1000, "the last update made weights NaN or infinite; nothing is saved. Try a lower learning rate")])
-def test_what_is_not_finite_stops_a_training_with_its_last_good_state(toy_responses, tmp_path, monkeypatch, batch_size, message):
+def test_what_is_not_finite_stops_a_training_with_its_last_good_state(toy_responses, monkeypatch, batch_size, message):
     monkeypatch.setattr(checkpoint, "SAVE_SECONDS", -1)
     with pytest.raises(UserError, match=message):
-        train.policy(TOY_BASE, toy_responses, tmp_path / "p", recipe("policy", lr=1e39, batch_size=batch_size, warmup=0.0))
-    kept = torch.load(tmp_path / "p.partial/checkpoint.pt")
+        train.policy(TOY_BASE, toy_responses, "p", recipe("policy", lr=1e39, batch_size=batch_size, warmup=0.0))
+    kept = torch.load("p.partial/checkpoint.pt")
     assert all(value.isfinite().all() for value in kept["model"].values())
-    assert not (tmp_path / "p").exists() and all(math.isfinite(row["loss"]) for row in log(tmp_path / "p.partial"))
+    assert not Path("p").exists() and all(math.isfinite(row["loss"]) for row in log("p.partial"))
 
 
-def test_a_checkpoint_with_a_temperature_but_no_do_sample_is_saved(tmp_path):
-    path = make_checkpoint(tmp_path / "model", "qwen3")
-    change_json(path / "generation_config.json", do_sample=False, temperature=0.6)
-    chat = load_chat(path)
-    Progress(tmp_path / "out", chat.model, None).finish(chat)
-    saved = read_json(tmp_path / "out/generation_config.json")
+def test_a_checkpoint_with_a_temperature_but_no_do_sample_is_saved():
+    make_checkpoint("model", "qwen3")
+    change_json("model/generation_config.json", do_sample=False, temperature=0.6)
+    chat = load_chat("model")
+    Progress("out", chat.model, None).finish(chat)
+    saved = read_json("out/generation_config.json")
     assert saved["temperature"] == 0.6 and saved["do_sample"]       # a combination that transformers would save
