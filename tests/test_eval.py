@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from plumbing.records import UserError
 from plumbing.tables import print_table, stat
 from toy import world
 
+pytestmark = pytest.mark.usefixtures("here")
 PAIRS = [(f"Query {i}?", sso.Response(f"answer {i}", True), sso.Response("x" * (i % 7 + 1) + " else", True))
          for i in range(12)]
 
@@ -89,10 +91,9 @@ def test_a_pair_too_long_for_the_judge_is_named_with_its_query(judge):
         evaluation.judge_marks(load_chat(judge)._replace(context=1500), sso.PROMPTS, [PAIRS[0], long])
 
 
-def test_any_file_with_a_function_grade_is_a_grader_and_sees_all_a_judge_few(judge, tmp_path):
-    path = tmp_path / "mine.txt"
-    path.write_text("def grade(query, response, finished):\n    return (len(query) + len(response)) / 10 * finished\n")
-    critic, limit = evaluation.load_critic(grader=path)
+def test_any_file_with_a_function_grade_is_a_grader_and_sees_all_a_judge_few(judge):
+    Path("mine.txt").write_text("def grade(query, response, finished):\n    return (len(query) + len(response)) / 10 * finished\n")
+    critic, limit = evaluation.load_critic(grader="mine.txt")
     assert critic([("abc", sso.Response("de", True), sso.Response("d", False)),
                    ("", sso.Response("0123456789", True), sso.Response("", True))]) == [(0.5, 0), (1, 0)]
     assert evaluation.load_critic() == (None, None) and limit is None
@@ -123,13 +124,13 @@ def near(values):
     return {key: pytest.approx(value, rel=1e-4, abs=1e-7) for key, value in stat(values).items()}
 
 
-def measure(folder, records, critic=None, **how):
-    return evaluation.measure_pairs(write_jsonl(folder / "d.jsonl", records), TOY_BASE, critic, TOY, **how)
+def measure(records, critic=None, **how):
+    return evaluation.measure_pairs(write_jsonl("d.jsonl", records), TOY_BASE, critic, TOY, **how)
 
 
-def test_the_measures_of_pairs_by_hand(tmp_path, records):
+def test_the_measures_of_pairs_by_hand(records):
     """Of every pair, also of equal ones and empty ones. Without yo, or without a critic, there are fewer."""
-    measures = measure(tmp_path, records, GRADER)
+    measures = measure(records, GRADER)
     expected = {"accuracy": [1.0, 0.5, 0.0], "ties": [0.0, 1.0, 0.0], "y+": [1.0, 1.0, 0.5], "y-": [0.5, 1.0, 1.0],
                 "yo": [0.45] * 3, "y+ over yo": [1.0] * 3,
                 "words of y+": [5, 5, 5], "words of yo": [4, 4, 4], "words of y-": [5, 6, 5]}
@@ -140,25 +141,25 @@ def test_the_measures_of_pairs_by_hand(tmp_path, records):
         assert measures.pop(name) == near(list(map(p, texts))), name
     assert measures == {"pairs": 3, "counts": {"cut off": {}, "skipped": {}, "principles": {}}}
     others = [records[0] | {"rejected": ROWS[0][0]}, records[0] | {"rejected": ""}, records[0] | {"chosen": " "}]
-    measures = measure(tmp_path, others, lambda comparisons: [(0.5, 0.5)] * len(comparisons))
+    measures = measure(others, lambda comparisons: [(0.5, 0.5)] * len(comparisons))
     assert measures["accuracy"] == stat([0.5, 1.0, 0.0]) and measures["ties"] == stat([1.0, 0.0, 0.0])
     for record in records:
         del record["original"]
     without_critic = {"pairs", "counts", "p(chosen)", "p(rejected)", "words of y+", "words of y-"}
-    assert measure(tmp_path, records, GRADER).keys() == without_critic | {"accuracy", "ties"}
-    assert measure(tmp_path, records).keys() == without_critic
+    assert measure(records, GRADER).keys() == without_critic | {"accuracy", "ties"}
+    assert measure(records).keys() == without_critic
 
 
-def test_probabilities_are_of_every_response_with_a_token(tmp_path, records):
+def test_probabilities_are_of_every_response_with_a_token(records):
     """An empty response that ended has the token of its end; one that was cut off, or has no room, has none."""
     records[0] |= {"chosen": "", "chosen_finished": False, "rejected": "", "rejected_finished": True}
     records[1] |= {"rejected_finished": False}
-    measures = measure(tmp_path, [*records, records[2] | {"prompt": "plum " * 400}])
+    measures = measure([*records, records[2] | {"prompt": "plum " * 400}])
     assert measures["p(chosen)"] == near([p(c) for c, _ in ROWS[1:]]) and measures["pairs"] == 4
     assert measures["p(rejected)"] == near([p(""), p(ROWS[1][1], False), p(ROWS[2][1])])
 
 
-def test_a_judges_quality_of_a_response_is_the_share_of_orders_won_against_yo(judge, qwen3, tmp_path):
+def test_a_judges_quality_of_a_response_is_the_share_of_orders_won_against_yo(judge, qwen3):
     critic = critic_of(judge=judge)
     records, against = [], {"y+": [], "y-": []}
     for query, a, b in PAIRS:
@@ -166,14 +167,14 @@ def test_a_judges_quality_of_a_response_is_the_share_of_orders_won_against_yo(ju
         records.append({"prompt": query, "chosen": a.text, "rejected": b.text, "original": plain.text})
         against["y+"].append((query, a, plain))
         against["y-"].append((query, b, plain))
-    measures = evaluation.measure_pairs(write_jsonl(tmp_path / "d.jsonl", records), qwen3, critic, PAPER)
+    measures = evaluation.measure_pairs(write_jsonl("d.jsonl", records), qwen3, critic, PAPER)
     for symbol, comparisons in against.items():
         assert measures[symbol] == stat(first_marks(critic(comparisons))) and 0 < measures[symbol]["mean"] < 1
     assert measures["yo"] == stat([0.5] * len(PAIRS))
     assert measures["accuracy"] == stat(first_marks(critic(PAIRS)))
 
 
-def test_a_critic_sees_so_many_comparisons_and_the_rest_is_of_all(tmp_path):
+def test_a_critic_sees_so_many_comparisons_and_the_rest_is_of_all():
     """Drawn at random, and the same for all measures and all policies."""
     seen = []
 
@@ -183,11 +184,11 @@ def test_a_critic_sees_so_many_comparisons_and_the_rest_is_of_all(tmp_path):
 
     queries = world.make_queries(5)[0][:12]
     records = [{"prompt": query, "chosen": "plum .", "rejected": "fig .", "original": "axe ."} for query in queries]
-    measures = measure(tmp_path, records, critic, limit=5)
+    measures = measure(records, critic, limit=5)
     assert {measures[name]["n"] for name in ("accuracy", "ties", "y+", "yo", "y-")} == {5}
     assert {measures[name]["n"] for name in ("p(chosen)", "p(rejected)", "p(original)")} == {measures["pairs"]} == {12}
-    assert measure(tmp_path, records, critic, limit=100)["accuracy"]["n"] == 12
-    paths = {name: answers(tmp_path / name, *[f"{name} ."] * 12, queries=queries) for name in ("axe", "fig")}
+    assert measure(records, critic, limit=100)["accuracy"]["n"] == 12
+    paths = {name: answers(name, *[f"{name} ."] * 12, queries=queries) for name in ("axe", "fig")}
     rows = evaluation.measure_answers(paths, critic, limit=5)
     assert rows["fig"]["win rate"] == rows["fig"]["quality"] == stat([1.0] * 5) and rows["fig"]["words"]["n"] == 12
     assert {(a.text, b.text) for _, a, b in seen[-1]} == {("fig .", "axe .")}           # its own, then the first's
@@ -222,9 +223,9 @@ def shown(measure):
     return f"{measure['mean']:.3f} ± {measure['se']:.3f}"
 
 
-def test_the_preflight_through_its_command(tmp_path, monkeypatch, capsys, records):
+def test_the_preflight_through_its_command(monkeypatch, capsys, records):
     """A row for each response; of so many queries at most."""
-    path = write_jsonl(tmp_path / "d.jsonl", [records[0] | {"original": "axe ."}] * 205)
+    path = write_jsonl("d.jsonl", [records[0] | {"original": "axe ."}] * 205)
     run_here(f"python eval.py preflight {path} --policy {TOY_BASE} --grader {world.__file__}", monkeypatch)
     printed = capsys.readouterr().out
     assert "Preflight, 200 queries" in printed and "\nsteerable: y+ is better than y-" in printed
@@ -249,11 +250,11 @@ def answers(path, *texts, queries=QUERIES, **others):
     return write_jsonl(path, [{"prompt": query, "original": text} | others for query, text in zip(queries, texts)])
 
 
-def test_the_measures_of_policies_by_hand(tmp_path):
+def test_the_measures_of_policies_by_hand():
     """Quality by the grader; a win, a tie and a loss against the answers of the first file."""
-    paths = {"a": answers(tmp_path / "a", RIGHT[0], WRONG[1], RIGHT[2]),
-             "b": answers(tmp_path / "b", RIGHT[0], RIGHT[1], ""),
-             "c": answers(tmp_path / "c", *WRONG, original_finished=False)}
+    paths = {"a": answers("a", RIGHT[0], WRONG[1], RIGHT[2]),
+             "b": answers("b", RIGHT[0], RIGHT[1], ""),
+             "c": answers("c", *WRONG, original_finished=False)}
     expected = {
         "a": {"quality": [1.0, 0.0, 1.0], "win rate": [0.5, 0.5, 0.5], "words": [5, 2, 3], "finished": [1.0] * 3},
         "b": {"quality": [1.0, 1.0, 0.0], "win rate": [0.5, 1.0, 0.0], "words": [5, 5, 0], "finished": [1.0] * 3},
@@ -277,15 +278,15 @@ def test_a_table_is_markdown_of_means_and_standard_errors(capsys):
                                        "| longer | 1.000 ± 2.000 | 0.500 | - |\n")
 
 
-def test_the_commands_by_a_judge_a_grader_and_nobody(judge, tmp_path, monkeypatch, capsys, records):
-    data = write_jsonl(tmp_path / "d.jsonl", records)
-    file = answers(tmp_path / "a.jsonl", *RIGHT)
-    other = answers(tmp_path / "b.jsonl", *WRONG)
+def test_the_commands_by_a_judge_a_grader_and_nobody(judge, monkeypatch, capsys, records):
+    data = write_jsonl("d.jsonl", records)
+    file = answers("a.jsonl", *RIGHT)
+    other = answers("b.jsonl", *WRONG)
     for flags, named in (("", {}), (f"--grader {world.__file__}", {"grader": world.__file__}),
                          (f"--judge {judge} --judge-pairs 2", {"judge": judge, "judge_pairs": 2})):
         critic, limit = evaluation.load_critic(**named)
         run_here(f"python eval.py pairs {data} --policy {TOY_BASE} {flags}", monkeypatch)
-        by_hand = measure(tmp_path, records, critic, limit=limit)
+        by_hand = measure(records, critic, limit=limit)
         row = rows_of(capsys.readouterr().out)[str(data)]
         assert row.pop("pairs") == "3" and row.pop("") == str(data)
         assert row == {name: shown(by_hand[name]) if name in by_hand else "-" for name in evaluation.PAIRS_TABLE[1:]}
@@ -296,12 +297,12 @@ def test_the_commands_by_a_judge_a_grader_and_nobody(judge, tmp_path, monkeypatc
             assert row[name] == (shown(by_hand[name]) if name in by_hand else "-")
 
 
-def test_the_report_of_a_run_is_printed_again(tmp_path, monkeypatch, capsys):
+def test_the_report_of_a_run_is_printed_again(monkeypatch, capsys):
     cell = {"mean": 0.5, "se": 0.25, "n": 4}
     rows = {"base": {"answers": 4, "quality": cell, "words": cell},
             "SSO": {"answers": 4, "quality": cell | {"mean": 0.75}, "pairs": 9, "p(original)": cell | {"mean": 0.125}}}
-    (tmp_path / "report.json").write_text(json.dumps(rows))
-    run_here(f"python eval.py report {tmp_path}", monkeypatch)
+    Path("report.json").write_text(json.dumps(rows))
+    run_here("python eval.py report .", monkeypatch)
     pairs, policies = map(rows_of, capsys.readouterr().out.split("The policies"))
     assert pairs["SSO"]["p(original)"] == "0.125 ± 0.250" and "base" not in pairs
     assert policies["SSO"]["quality"] == "0.750 ± 0.250" and policies["base"]["win rate"] == "-"

@@ -1,7 +1,6 @@
 """Files as people have them: read as they are, or refused with the line of Python that makes them fit."""
 
 
-import json
 
 import pytest
 
@@ -9,8 +8,9 @@ import sso
 from conftest import make_checkpoint, write_jsonl
 from plumbing.examples import read_examples
 from plumbing.models import inspect_chat
-from plumbing.records import UserError, as_lines, read_jsonl, read_queries
+from plumbing.records import UserError, as_lines, read_jsonl, read_queries, write_text
 
+pytestmark = pytest.mark.usefixtures("here")
 Q, GOOD, BAD = "Name one animal.", "A dog.", "No idea."
 
 
@@ -59,29 +59,29 @@ def chat(tmp_path_factory):
     return inspect_chat(make_checkpoint(tmp_path_factory.mktemp("formats") / "model", "qwen3"))
 
 
-def assert_reads(record, system, chat, tmp_path):
+def assert_reads(record, system, chat):
     """It is the pair that it stands for, in every token; and what is read, written and read again is the same."""
-    path = write_jsonl(tmp_path / "d.jsonl", [record])
+    path = write_jsonl("d.jsonl", [record])
     [[pair]], _ = read_examples(path, "policy", chat, 4096)
     assert pair.prompt == sso.encode_prompt(chat.tokenizer, system + [turn("user", Q)])
     assert [chat.tokenizer.decode(ids) for ids in pair[1:]] == [f"{text}<|im_end|>" for text in (GOOD, BAD)]
     records = read_jsonl(path)
-    path.write_text(as_lines(records), encoding="utf-8")
+    write_text(path, as_lines(records))
     assert read_jsonl(path) == records
 
 
 @pytest.mark.parametrize("name", PAIRS | BRIEF_PAIRS)
-def test_a_preference_file_of_the_hub_works_as_it_is(name, chat, tmp_path):
+def test_a_preference_file_of_the_hub_works_as_it_is(name, chat):
     if name in BRIEF_PAIRS:
-        assert_reads(BRIEF_PAIRS[name], SYSTEM, chat, tmp_path)
+        assert_reads(BRIEF_PAIRS[name], SYSTEM, chat)
     else:
-        assert_reads(PAIRS[name], [], chat, tmp_path)
+        assert_reads(PAIRS[name], [], chat)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_format_that_does_not_fit_is_refused_with_the_line_that_makes_it_fit(name, chat, tmp_path):
+def test_a_format_that_does_not_fit_is_refused_with_the_line_that_makes_it_fit(name, chat):
     record, sign = REFUSED[name]
-    path = write_jsonl(tmp_path / "d.jsonl", [record])
+    path = write_jsonl("d.jsonl", [record])
     with pytest.raises(UserError, match=f"line 1: .*{sign}.*; for each record r: ") as error:
         read_examples(path, "policy", chat, 4096)
     assert "\n" not in str(error.value)
@@ -89,7 +89,7 @@ def test_a_format_that_does_not_fit_is_refused_with_the_line_that_makes_it_fit(n
     scope = {"r": record}
     for part in line.replace("; for c in", "\nfor c in").split("\n"):
         exec(part, scope)
-    assert_reads(scope["r"], [], chat, tmp_path)
+    assert_reads(scope["r"], [], chat)
 
 
 @pytest.mark.parametrize("record, message", [
@@ -98,9 +98,9 @@ def test_a_format_that_does_not_fit_is_refused_with_the_line_that_makes_it_fit(n
     ({"prompt": Q, "chosen": {"from": "gpt", "value": GOOD}, "rejected": BAD}, "ShareGPT: rename"),
     ({"prompt": Q, "chosen": None, "rejected": BAD}, "a record without 'chosen'"),
 ])
-def test_what_cannot_be_a_pair_is_one_line(record, message, chat, tmp_path):
+def test_what_cannot_be_a_pair_is_one_line(record, message, chat):
     with pytest.raises(UserError, match=f"d.jsonl, line 1: .*{message}"):
-        read_examples(write_jsonl(tmp_path / "d.jsonl", [record]), "policy", chat, 4096)
+        read_examples(write_jsonl("d.jsonl", [record]), "policy", chat, 4096)
 
 
 @pytest.mark.parametrize("record, message", [
@@ -112,8 +112,8 @@ def test_what_cannot_be_a_pair_is_one_line(record, message, chat, tmp_path):
     ({"conversation": said(Q, GOOD) + said("And two?", "Cows.")}, "a query is one user message"),
     ({"conversations": [{"from": "human", "value": Q}]}, "ShareGPT"),
 ])
-def test_queries_as_people_have_them(record, message, tmp_path):
-    path = write_jsonl(tmp_path / "q.jsonl", [record])
+def test_queries_as_people_have_them(record, message):
+    path = write_jsonl("q.jsonl", [record])
     if message is None:
         assert [record["prompt"] for record in read_queries(path)] == [[turn("user", Q)]]
         return
@@ -124,7 +124,7 @@ def test_queries_as_people_have_them(record, message, tmp_path):
 # ---- Records at random ---------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_no_record_is_a_traceback_or_means_something_else_than_it_says(tmp_path):
+def test_no_record_is_a_traceback_or_means_something_else_than_it_says():
     """What is read, written and read again is equal; a text that is read is one that stood in the record."""
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import strategies as st
@@ -137,7 +137,7 @@ def test_no_record_is_a_traceback_or_means_something_else_than_it_says(tmp_path)
     names = ("prompt instruction question query input context system messages conversation conversations chosen rejected "
              "original chosen_finished answers good_principle").split()
     records = st.dictionaries(st.sampled_from(names), values, max_size=6)
-    path = tmp_path / "d.jsonl"
+    path = "d.jsonl"
 
     def all_texts(value):
         if isinstance(value, dict):
@@ -149,7 +149,7 @@ def test_no_record_is_a_traceback_or_means_something_else_than_it_says(tmp_path)
     @hypothesis.settings(max_examples=1000, deadline=None)
     @hypothesis.given(records)
     def check(record):
-        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_jsonl(path, [record])
         for read, columns in ((read_jsonl, ("prompt", "chosen", "rejected")), (read_queries, ("prompt",))):
             try:
                 found = read(path)
@@ -159,8 +159,8 @@ def test_no_record_is_a_traceback_or_means_something_else_than_it_says(tmp_path)
             for column in columns:
                 for message in found[0].get(column, []):
                     assert message["content"] in all_texts(record)
-            path.write_text(as_lines(found), encoding="utf-8")
+            write_text(path, as_lines(found))
             assert read(path) == found
-            path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            write_jsonl(path, [record])
 
     check()
