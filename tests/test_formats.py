@@ -1,7 +1,5 @@
 """Files as people have them: read as they are, or refused with the line of Python that makes them fit."""
 
-
-
 import pytest
 
 import sso

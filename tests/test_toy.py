@@ -3,6 +3,7 @@
 import random
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -16,6 +17,7 @@ from plumbing.records import UserError, read_jsonl
 from plumbing.sampling import load_sampler
 from toy import world
 
+pytestmark = pytest.mark.usefixtures("here")
 SORT, REVERSE = "sort these words : plum fox axe red", "say backwards : plum fox axe red"
 NAME, FILTER = "name three tools except : axe saw file", "keep only the fruits : plum fox fig red"
 
@@ -89,23 +91,23 @@ def test_what_it_is_trained_on_is_what_its_template_and_prompts_give():
     assert tokenizer.unk_token_id not in fixed[0] + fixed[1]
 
 
-def test_the_command_that_made_its_model_makes_a_folder_that_loads(tmp_path, monkeypatch):
-    run_here(f"python -m toy.world base --out {tmp_path}/base --steps 3", monkeypatch)
-    made, base = load_sampler(tmp_path / "base"), load_sampler(TOY_BASE)
+def test_the_command_that_made_its_model_makes_a_folder_that_loads(monkeypatch):
+    run_here(f"python -m toy.world base --out base --steps 3", monkeypatch)
+    made, base = load_sampler("base"), load_sampler(TOY_BASE)
     assert made.tokenizer.get_vocab() == base.tokenizer.get_vocab()
     assert made.tokenizer.chat_template == base.tokenizer.chat_template
     assert made.stop_ids == base.stop_ids and made.model.config.to_diff_dict() == base.model.config.to_diff_dict()
 
 
 @pytest.mark.slow
-def test_its_model_trained_again_is_as_good(tmp_path):
+def test_its_model_trained_again_is_as_good():
     """Plain answers, and under good principles: bytes differ from machine to machine."""
-    world.build(tmp_path / "again")
+    world.build("again")
     records = [world.write_principles(query, "default", 0) for query in world.make_queries()[1][:256]]
-    principles = write_jsonl(tmp_path / "p.jsonl", records)
+    principles = write_jsonl("p.jsonl", records)
     quality = {}
-    for model in (TOY_BASE, tmp_path / "again"):
-        out = tmp_path / f"{model.name}.jsonl"
+    for model in (TOY_BASE, Path("again")):
+        out = f"{model.name}.jsonl"
         generate.responses(model, principles, out, TOY, roles=("good", "original"))
         for role in ("good", "original"):
             grades = []
