@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # before the imports below read it: no test may reach for a network
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU
@@ -188,14 +189,14 @@ def command(*words, check=True, **kwargs):
     return done
 
 
-def run_here(line, monkeypatch):
+def run_here(line, *unused):
     """Run a command line, "python SCRIPT.py ..." or "python -m lab.MODULE ...", in this process and the current folder:
-    as the user's, without the seconds of imports."""
+    as the user's, without the seconds of imports. (Some callers still give it their monkeypatch.)"""
     _, *words = shlex.split(line)
     if words[0] == "-m":
         words[:2] = [words[1].replace(".", "/") + ".py"]
-    monkeypatch.setattr(sys, "argv", words)
-    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    with mock.patch.object(sys, "argv", words):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
 def pytest_collection_finish(session):

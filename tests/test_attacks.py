@@ -328,11 +328,11 @@ def place(qwen3, tmp_path, monkeypatch):
     return tmp_path
 
 
-def ends_in_one_line(words, expected, folder, monkeypatch, capsys):
+def ends_in_one_line(words, expected, folder, capsys):
     """It does, its code is not zero, and what there was is as it was. Returns the new files."""
     before = contents(folder)
     with pytest.raises(SystemExit) as end:
-        run_here(words, monkeypatch)
+        run_here(words)
     said = end.value.code
     if said == 2:                       # argparse's: its own last line
         said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -351,7 +351,7 @@ def test_bad_input_ends_in_one_line_before_anything_is_loaded_or_written(name, p
     late = "longer than the context" in name        # only the model's tokenizer says how long it is
     if not late:
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    new = ends_in_one_line(words, expected, place, monkeypatch, capsys)
+    new = ends_in_one_line(words, expected, place, capsys)
     assert not new or late, new
 
 
@@ -365,23 +365,23 @@ def test_a_bad_model_ends_in_one_line(name, place, qwen3, monkeypatch, capsys):
         spoil, expected = WEIGHTS[name.removeprefix("weights: ")]
     spoil(place / "bad")
     words = RESPONSES.replace("--model model", "--model bad").replace("bad.jsonl", "good.jsonl")
-    assert not ends_in_one_line(words, f"^error: model bad: {expected}", place, monkeypatch, capsys)
+    assert not ends_in_one_line(words, f"^error: model bad: {expected}", place, capsys)
 
 
-def test_a_pad_token_beyond_the_embedding_is_no_trouble(place, qwen3, monkeypatch):
+def test_a_pad_token_beyond_the_embedding_is_no_trouble(place, qwen3):
     """Another id pads."""
     shutil.copytree(qwen3, place / "bad")
     extra_token(place / "bad", "<pad>")
     change_json(place / "bad/tokenizer_config.json", pad_token="<pad>")
     (place / "bad.jsonl").write_text(line() + "\n" + line(prompt="Why not?", chosen="So it is."))
     for words in (RESPONSES + " --set responses.max_new_tokens=2", POLICY):
-        run_here(words.replace("--model model", "--model bad"), monkeypatch)
+        run_here(words.replace("--model model", "--model bad"))
     assert (place / "new.jsonl").exists() and (place / "new/model.safetensors").exists()
 
 
 # ---- What is not a bad file ----------------------------------------------------------------------
 
-def test_the_second_of_two_processes_at_one_output_ends_in_one_line(place, monkeypatch, capsys):
+def test_the_second_of_two_processes_at_one_output_ends_in_one_line(place, capsys):
     """A training's folder, and a file. Beside them another may work; and the death of the holder ends its lock."""
     outs = {"runs/x": POLICY.replace("new", "runs/x"), "runs/y.jsonl": RESPONSES.replace("new.jsonl", "runs/y.jsonl")}
     hold = ("import sys, plumbing.command as c\n"
@@ -392,11 +392,11 @@ def test_the_second_of_two_processes_at_one_output_ends_in_one_line(place, monke
         (place / "bad.jsonl").write_text(GOOD)
         for out, words in outs.items():
             ends_in_one_line(words, f"another process is at work on {out}; wait for its end, or choose another --out",
-                             place, monkeypatch, capsys)
-        run_here(RESPONSES.replace("new", "runs/z") + " --set responses.max_new_tokens=2", monkeypatch)
+                             place, capsys)
+        run_here(RESPONSES.replace("new", "runs/z") + " --set responses.max_new_tokens=2")
         holder.kill()
     for words in outs.values():
-        run_here(words + " --set responses.max_new_tokens=2", monkeypatch)
+        run_here(words + " --set responses.max_new_tokens=2")
     assert not list((place / "runs").glob(".*"))
 
 
@@ -412,7 +412,7 @@ def interrupt_training(place, monkeypatch):
     words = POLICY + " --set policy.epochs=2"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; the same command continues"):
         patch.setattr(Progress, "log", log_and_stop)
-        run_here(words, patch)
+        run_here(words)
     assert len(log(place / "new.partial")) == 1
     assert torch.load(place / "new.partial/checkpoint.pt")["step"] == 1
     return words
@@ -427,10 +427,10 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on(place, monkeypatch):
                         (training, "new.partial/config.json")):
         (place / file).symlink_to("/dev/full")
         with pytest.raises(SystemExit, match="^error: .*no disk space[^\n]*$"):
-            run_here(words, monkeypatch)
+            run_here(words)
         (place / file).unlink(missing_ok=True)
-    run_here(sampling, monkeypatch)
-    run_here(training, monkeypatch)
+    run_here(sampling)
+    run_here(training)
     assert (place / "new.jsonl").exists() and len(log(place / "new")) == 2
 
 
@@ -443,23 +443,23 @@ def test_a_checkpoint_that_is_none_is_one_line(content, place, monkeypatch, caps
     else:
         checkpoint.write_bytes(content)
     ends_in_one_line(words, "new.partial/checkpoint.pt: not a checkpoint of this training .*; delete it to start over",
-                     place, monkeypatch, capsys)
+                     place, capsys)
 
 
-def test_a_partial_file_of_something_else_is_refused(place, monkeypatch, capsys):
+def test_a_partial_file_of_something_else_is_refused(place, capsys):
     (place / "bad.jsonl").write_text(GOOD)
     words = RESPONSES + " --set responses.max_new_tokens=2"
-    run_here(words, monkeypatch)
+    run_here(words)
     (place / "new.jsonl").unlink()
     for left in ("mine", "[1]", '{"one": {}}'):
         (place / "new.jsonl.partial").write_text(left + "\n")
-        ends_in_one_line(words, "new.jsonl.partial: not what this command began; delete it", place, monkeypatch, capsys)
+        ends_in_one_line(words, "new.jsonl.partial: not what this command began; delete it", place, capsys)
 
 
 def test_a_bug_of_this_project_shows_its_traceback(place, monkeypatch):
     monkeypatch.setattr("plumbing.outputs.grow", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run_here(RESPONSES.replace("bad", "good"), monkeypatch)
+        run_here(RESPONSES.replace("bad", "good"))
 
 
 def test_all_of_an_input_counts_for_its_identity(place, qwen3):

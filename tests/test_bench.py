@@ -135,7 +135,7 @@ def test_peak_memory_is_that_of_the_largest_moment():
     ("--vs transformers --answers 2 --set responses.max_new_tokens=4", ["sampling", "sampling, generate"])])
 def test_the_commands(qwen3, tmp_path, capsys, monkeypatch, flags, rows):
     monkeypatch.setattr("random.Random.randint", lambda self, least, most: least)
-    run_here(f"python -m lab.bench --model {qwen3} --repeats 1 --results-file {tmp_path}/bench.json {flags}", monkeypatch)
+    run_here(f"python -m lab.bench --model {qwen3} --repeats 1 --results-file {tmp_path}/bench.json {flags}")
     table, = read_json(tmp_path / "bench.json")["tables"]
     assert list(table) == rows
     printed = capsys.readouterr().out

@@ -223,10 +223,10 @@ def shown(measure):
     return f"{measure['mean']:.3f} ± {measure['se']:.3f}"
 
 
-def test_the_preflight_through_its_command(monkeypatch, capsys, records):
+def test_the_preflight_through_its_command(capsys, records):
     """A row for each response; of so many queries at most."""
     path = write_jsonl("d.jsonl", [records[0] | {"original": "axe ."}] * 205)
-    run_here(f"python eval.py preflight {path} --policy {TOY_BASE} --grader {world.__file__}", monkeypatch)
+    run_here(f"python eval.py preflight {path} --policy {TOY_BASE} --grader {world.__file__}")
     printed = capsys.readouterr().out
     assert "Preflight, 200 queries" in printed and "\nsteerable: y+ is better than y-" in printed
     sure = "1.000 ± 0.000"
@@ -278,31 +278,31 @@ def test_a_table_is_markdown_of_means_and_standard_errors(capsys):
                                        "| longer | 1.000 ± 2.000 | 0.500 | - |\n")
 
 
-def test_the_commands_by_a_judge_a_grader_and_nobody(judge, monkeypatch, capsys, records):
+def test_the_commands_by_a_judge_a_grader_and_nobody(judge, capsys, records):
     data = write_jsonl("d.jsonl", records)
     file = answers("a.jsonl", *RIGHT)
     other = answers("b.jsonl", *WRONG)
     for flags, named in (("", {}), (f"--grader {world.__file__}", {"grader": world.__file__}),
                          (f"--judge {judge} --judge-pairs 2", {"judge": judge, "judge_pairs": 2})):
         critic, limit = evaluation.load_critic(**named)
-        run_here(f"python eval.py pairs {data} --policy {TOY_BASE} {flags}", monkeypatch)
+        run_here(f"python eval.py pairs {data} --policy {TOY_BASE} {flags}")
         by_hand = measure(records, critic, limit=limit)
         row = rows_of(capsys.readouterr().out)[str(data)]
         assert row.pop("pairs") == "3" and row.pop("") == str(data)
         assert row == {name: shown(by_hand[name]) if name in by_hand else "-" for name in evaluation.PAIRS_TABLE[1:]}
-        run_here(f"python eval.py answers {file} {other} {flags}", monkeypatch)
+        run_here(f"python eval.py answers {file} {other} {flags}")
         by_hand = evaluation.measure_answers({"a": file, "b": other}, critic, limit)["b"]
         row = rows_of(capsys.readouterr().out)[str(other)]
         for name in evaluation.POLICIES_TABLE:
             assert row[name] == (shown(by_hand[name]) if name in by_hand else "-")
 
 
-def test_the_report_of_a_run_is_printed_again(monkeypatch, capsys):
+def test_the_report_of_a_run_is_printed_again(capsys):
     cell = {"mean": 0.5, "se": 0.25, "n": 4}
     rows = {"base": {"answers": 4, "quality": cell, "words": cell},
             "SSO": {"answers": 4, "quality": cell | {"mean": 0.75}, "pairs": 9, "p(original)": cell | {"mean": 0.125}}}
     Path("report.json").write_text(json.dumps(rows))
-    run_here("python eval.py report .", monkeypatch)
+    run_here("python eval.py report .")
     pairs, policies = map(rows_of, capsys.readouterr().out.split("The policies"))
     assert pairs["SSO"]["p(original)"] == "0.125 ± 0.250" and "base" not in pairs
     assert policies["SSO"]["quality"] == "0.750 ± 0.250" and policies["base"]["win rate"] == "-"

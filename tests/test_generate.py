@@ -153,15 +153,14 @@ def test_an_answer_that_is_begun_is_gone_on_with(qwen3):
 
 # ---- Principles ----------------------------------------------------------------------------------
 
-def test_principles_from_a_file_are_the_querys_own_or_two_general_ones(monkeypatch):
+def test_principles_from_a_file_are_the_querys_own_or_two_general_ones():
     general = [{"good_principle": f"g{i}.", "bad_principle": f"b{i}."} for i in range(4)]
     own = {"prompt": "Mine?", "good_principle": "mine, good", "bad_principle": "mine, bad"}
     write_jsonl("q.jsonl", [{"prompt": "Mine?", "n": 1}] + [{"prompt": f"Yours {i}?"} for i in range(60)])
     write_jsonl("w.jsonl", [*general, own])
     drawn = []
     for seed in (0, 1):
-        run_here(f"python generate.py written --queries q.jsonl --principles w.jsonl --out p{seed} --seed {seed}",
-                 monkeypatch)
+        run_here(f"python generate.py written --queries q.jsonl --principles w.jsonl --out p{seed} --seed {seed}")
         first, *rest = read_jsonl(f"p{seed}")
         assert first.items() > {"good_principle": "mine, good", "bad_principle": "mine, bad", "n": 1}.items()
         drawn.append([record["good_principle"] for record in rest])

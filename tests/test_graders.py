@@ -120,15 +120,15 @@ def test_queries_of_others_are_refused(world, query):
 
 # ---- The commands and their files ----------------------------------------------------------------
 
-def write_world(name, options, folder, monkeypatch):
+def write_world(name, options, folder):
     """{part: records} of what a world's command writes."""
-    run_here(f"python -m lab.{name} --out {folder} {options}", monkeypatch)
+    run_here(f"python -m lab.{name} --out {folder} {options}")
     return {part.stem: read_jsonl(part) for part in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name, world", WORLDS.items())
-def test_a_command_writes_queries_and_principles(name, world, tmp_path, monkeypatch):
-    written = write_world(name, "", tmp_path / "a", monkeypatch)
+def test_a_command_writes_queries_and_principles(name, world, tmp_path):
+    written = write_world(name, "", tmp_path / "a")
     made = world.make_queries()
     used = set()
     for part, texts in made.items():
@@ -140,17 +140,17 @@ def test_a_command_writes_queries_and_principles(name, world, tmp_path, monkeypa
                 assert record[f"{side}_principle"] in kind[side]
                 used.add(record[f"{side}_principle"])
     assert used == {text for kind in world.KINDS.values() for side in ("good", "bad") for text in kind[side]}
-    assert write_world(name, "", tmp_path / "b", monkeypatch) == written
-    other = write_world(name, "--seed 1 --count 9", tmp_path / "c", monkeypatch)
+    assert write_world(name, "", tmp_path / "b") == written
+    other = write_world(name, "--seed 1 --count 9", tmp_path / "c")
     assert len(other["heldout"]) == 9 and other["queries"] != written["queries"][:9]
-    long = write_world(name, "--long 1", tmp_path / "d", monkeypatch)
+    long = write_world(name, "--long 1", tmp_path / "d")
     for brief, full in zip(written["principles"], long["principles"], strict=True):
         for side in ("good_principle", "bad_principle"):
             assert full[side].startswith(f"{brief[side]} ") and len(brief[side].split()) < 25
             assert 30 <= len(full[side].split()) <= 60
 
 
-def test_both_worlds_take_turns(tmp_path, monkeypatch):
-    written = write_world("mixed", "--count 5", tmp_path, monkeypatch)
+def test_both_worlds_take_turns(tmp_path):
+    written = write_world("mixed", "--count 5", tmp_path)
     texts = [record["prompt"][0]["content"] for record in written["heldout"]]
     assert [texts[::2], texts[1::2]] == [world.make_queries()["heldout"][:5] for world in WORLDS.values()]

@@ -53,14 +53,14 @@ def test_version_1_weighs_all_three_terms_by_hand_in_value_and_gradient():
 
 # ---- Reward models -------------------------------------------------------------------------------
 
-def test_a_reward_model_learns_its_pairs_and_is_an_ordinary_folder(checkpoint, monkeypatch, capsys):
+def test_a_reward_model_learns_its_pairs_and_is_an_ordinary_folder(checkpoint, capsys):
     """On Qwen2, Qwen3 and Llama: the longer answer wins. Two files are mixed."""
     for name in range(3):
         records = [{"prompt": f"q{name}{i}", "chosen": "yes " * (3 + i % 4), "rejected": "no"} for i in range(20)]
         write_jsonl(f"{name}.jsonl", records)
     line = f"--model {checkpoint} --out reward --set reward.batch_size=10 --set reward.lr=1e-2 --set reward.epochs=5"
-    run_here(f"python -m lab.reward train 0.jsonl 1.jsonl {line}", monkeypatch)
-    run_here("python -m lab.reward eval 2.jsonl --model reward", monkeypatch)
+    run_here(f"python -m lab.reward train 0.jsonl 1.jsonl {line}")
+    run_here("python -m lab.reward eval 2.jsonl --model reward")
     assert "| all | 20    | 1.000 ± 0.000 |" in capsys.readouterr().out
     # The rewards are what the saved folder gives to the chat template's text, with transformers alone.
     model = AutoModelForSequenceClassification.from_pretrained("reward")
@@ -77,9 +77,9 @@ def test_a_reward_model_learns_its_pairs_and_is_an_ordinary_folder(checkpoint, m
             assert model(ids).logits.item() == pytest.approx(rewards[side, 0, i].item(), abs=1e-4)
     # A file more or less is another training; a model without the head has no rewards.
     with pytest.raises(SystemExit, match="reward was made with data 1 = '1.jsonl with content"):
-        run_here(f"python -m lab.reward train 0.jsonl {line}", monkeypatch)
+        run_here(f"python -m lab.reward train 0.jsonl {line}")
     with pytest.raises(SystemExit, match="it has no reward head; `python -m lab.reward train` trains one"):
-        run_here(f"python -m lab.reward eval 2.jsonl --model {checkpoint}", monkeypatch)
+        run_here(f"python -m lab.reward eval 2.jsonl --model {checkpoint}")
 
 
 def test_a_reward_model_is_trained_by_bradley_terry(toy_responses):
@@ -191,7 +191,7 @@ def cell(mean):
     return {"mean": mean, "se": 0.1, "n": 4}
 
 
-def test_the_tables_of_the_study_by_hand(monkeypatch, capsys):
+def test_the_tables_of_the_study_by_hand(capsys):
     """Mean ± sd over seeds; the paired difference with its standard error; a cell that a seed lacks is empty."""
     reports = [{"base": {"quality": cell(b)}, "pbaa": {"quality": cell(p), "pairs": 4, "counts": {"skipped": 1}},
                 "sso": {"quality": cell(s)}, "sso 1": {"quality": cell(s)}}
@@ -206,14 +206,14 @@ def test_the_tables_of_the_study_by_hand(monkeypatch, capsys):
     assert study.over_runs(runs + [{"sso": {}}], "sso", "quality") is None
     # `tables` prints them from a file; a curve over rounds begins with the base model.
     write_text("study.json", json.dumps({"runs": runs, "rounds": 2}))
-    run_here("python -m lab.study tables --results-file study.json", monkeypatch)
+    run_here("python -m lab.study tables --results-file study.json")
     printed = capsys.readouterr().out
     assert all(table["title"] in printed for table in study.STUDY["tables"] + study.STUDY["curves"])
     assert "| SSO        | 0.200 ± 0.100 | 0.800 ± 0.100 | - |" in printed.split("Over rounds: quality")[1]
     # `report` compares several runs of run.py.
     for number, report in enumerate(reports):
         write_text(f"{number}/report.json", json.dumps(report))
-    run_here("python -m lab.study report 0 1 2", monkeypatch)
+    run_here("python -m lab.study report 0 1 2")
     printed, paired = capsys.readouterr().out.split("paired difference")
     assert "| sso   | 0.800 ± 0.100" in printed and f"| sso - pbaa   | 0.200 ± {error:.3f}" in paired
 
@@ -336,7 +336,7 @@ def test_a_figure_without_matplotlib_says_what_to_do_before_the_work(monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)            # that is, importing it fails
     for words in ("pairs none.jsonl --policy none", "log none.jsonl"):
         with pytest.raises(SystemExit, match="^error: figures need matplotlib, which is optional: pip install mat"):
-            run_here(f"python -m lab.figures {words} --out x.png", monkeypatch)
+            run_here(f"python -m lab.figures {words} --out x.png")
 
 
 def test_figure_1_is_of_each_response_of_a_file(toy_responses):

@@ -285,12 +285,12 @@ SKIPPED = (SETUP, "pip ", "python -c", "python -m lab.gguf")       # by CI; need
 
 
 @pytest.mark.slow
-def test_every_other_command(place, qwen3, small_study, monkeypatch, capsys):
+def test_every_other_command(place, qwen3, small_study, capsys):
     """In their order, with few queries, a tiny checkpoint for Qwen, and a study of one seed and one round."""
     chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in "abcdefgh"]
     write_jsonl(place / "data/ultrafeedback.jsonl",         # what the command above it writes
                 [{"chosen": chat, "rejected": chat[:1] + chats[0][1:]} for chat in chats[1:]])
-    run_here("python run.py", monkeypatch)
+    run_here("python run.py")
     commands = [line for line in COMMANDS if not line.startswith(SKIPPED)]
     assert len(commands) > 20
     for line in commands:
@@ -301,7 +301,7 @@ def test_every_other_command(place, qwen3, small_study, monkeypatch, capsys):
             line = line.replace("Qwen/Qwen2.5-0.5B-Instruct", str(qwen3))
             line += " --set principles.max_new_tokens=6 --set responses.max_new_tokens=6"
         try:
-            run_here(line, monkeypatch)
+            run_here(line)
         except SystemExit as end:           # matplotlib is optional
             assert "lab.figures" in line and "need matplotlib" in str(end), (line, end)
     printed = capsys.readouterr().out

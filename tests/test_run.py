@@ -86,12 +86,12 @@ def assert_made_of(checkpoint):
 
 @pytest.mark.parametrize("checkpoint", [pytest.param("qwen2", marks=pytest.mark.slow), "qwen3",
                                         pytest.param("llama", marks=pytest.mark.slow)], indirect=True)
-def test_the_whole_path_on_a_checkpoint(checkpoint, monkeypatch, capsys):
+def test_the_whole_path_on_a_checkpoint(checkpoint, capsys):
     """Qwen2, Qwen3 and Llama, with their own templates: all four steps, again without doing anything, continued."""
     prompts = ["Name a fruit.", "Why is the sky blue?", "Write a haiku about rain.", "2 + 2?", "Say hi.", "And you?"]
     write_jsonl("q.jsonl", [{"prompt": prompt, "source": "me"} for prompt in prompts])
     line = f"python run.py --model {checkpoint} --queries q.jsonl --out run {SMALL}"
-    run_here(line, monkeypatch)
+    run_here(line)
     printed = capsys.readouterr().out
     report = read_json(OUT / "report.json")
     assert list(report) == ["base", "PBAA", "SSO"] and "| SSO " in printed
@@ -106,26 +106,26 @@ def test_the_whole_path_on_a_checkpoint(checkpoint, monkeypatch, capsys):
     assert_made_of(checkpoint)
 
     before = times(OUT)
-    run_here(line, monkeypatch)
+    run_here(line)
     assert before == times(OUT)
     weights = (OUT / "policy/model.safetensors").read_bytes()
     shutil.rmtree(OUT / "policy")
     (OUT / "report.json").unlink()
-    run_here(line, monkeypatch)
+    run_here(line)
     assert (OUT / "policy/model.safetensors").read_bytes() == weights and read_json(OUT / "report.json") == report
 
     with pytest.raises(SystemExit, match="error: .*generator was made with beta = 0.1, not 0.3: choose another --out"):
-        run_here(f"{line} --set generator.beta=0.3", monkeypatch)
+        run_here(f"{line} --set generator.beta=0.3")
     (OUT / "heldout.jsonl").write_text('{"prompt": "Another?"}\n')
     with pytest.raises(SystemExit, match="answers_base.jsonl was made with principles = 'heldout.jsonl with content "):
-        run_here(line, monkeypatch)
+        run_here(line)
 
 
 def test_without_a_model_the_toy_world_is_run_in_rounds_each_from_the_policy_before(monkeypatch, capsys):
     monkeypatch.setattr(world, "QUERIES", 8)
     monkeypatch.setattr(world, "HELDOUT", 6)
     writer = shutil.copytree(TOY_BASE, Path("writer"))
-    run_here("python run.py --seed 4 --rounds 2 --principle-model writer --set generator.epochs=1", monkeypatch)
+    run_here("python run.py --seed 4 --rounds 2 --principle-model writer --set generator.epochs=1")
     out = Path("runs/toy")
     report = read_json(out / "report.json")
     assert list(report) == ["base", "PBAA", "SSO 1", "SSO 2"]
@@ -238,13 +238,12 @@ user = "sort {query}"
 """
 
 
-def test_a_recipe_and_principles_by_hand_reach_every_stage_and_a_flag_overrides_them(monkeypatch):
+def test_a_recipe_and_principles_by_hand_reach_every_stage_and_a_flag_overrides_them():
     Path("mine.toml").write_text(RECIPE)
     write_queries(12)
-    run_here("python -m toy.world principles --world on-policy --queries q.jsonl --out written.jsonl --seed 1",
-             monkeypatch)
+    run_here("python -m toy.world principles --world on-policy --queries q.jsonl --out written.jsonl --seed 1")
     run_here(f"python run.py --model {TOY_BASE} --queries q.jsonl --recipe mine.toml --principles written.jsonl "
-             "--out run --set policy.lr=4e-3", monkeypatch)
+             "--out run --set policy.lr=4e-3")
     for record in read_jsonl(OUT / "principles.jsonl"):
         by_hand = world.write_principles(record["prompt"][0]["content"], "on-policy", 1)
         assert record.items() >= (by_hand | {"prompt": record["prompt"]}).items()
@@ -315,7 +314,7 @@ def live(folder, words):
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     checkpoints.SAVE_SECONDS = 0
-    run_here(f"python run.py --out {folder} {words}", pytest.MonkeyPatch())
+    run_here(f"python run.py --out {folder} {words}")
 
 
 def start(folder, words):

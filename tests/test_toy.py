@@ -91,8 +91,8 @@ def test_what_it_is_trained_on_is_what_its_template_and_prompts_give():
     assert tokenizer.unk_token_id not in fixed[0] + fixed[1]
 
 
-def test_the_command_that_made_its_model_makes_a_folder_that_loads(monkeypatch):
-    run_here(f"python -m toy.world base --out base --steps 3", monkeypatch)
+def test_the_command_that_made_its_model_makes_a_folder_that_loads():
+    run_here(f"python -m toy.world base --out base --steps 3")
     made, base = load_sampler("base"), load_sampler(TOY_BASE)
     assert made.tokenizer.get_vocab() == base.tokenizer.get_vocab()
     assert made.tokenizer.chat_template == base.tokenizer.chat_template

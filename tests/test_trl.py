@@ -87,7 +87,7 @@ def test_two_processes_train_as_one(qwen3, data, tmp_path):
 def test_without_trl_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="^error: TRL is not installed: pip install trl==[0-9.]+$"):
-        run_here(f"python -m lab.trl_generator policy --model m --data d --out {tmp_path}/out", monkeypatch)
+        run_here(f"python -m lab.trl_generator policy --model m --data d --out {tmp_path}/out")
     assert not list(tmp_path.iterdir())
 
 
