@@ -8,6 +8,7 @@ import gc
 import json
 import math
 import os
+import random
 import runpy
 import shlex
 import subprocess
@@ -148,6 +149,23 @@ def toy_examples(toy_chat, toy_responses):
     return read_examples(toy_responses, "sso", toy_chat, 256, TOY["prompts"])[0]
 
 
+@pytest.fixture(scope="session")
+def random_responses(tmp_path_factory):
+    """Five queries with responses of random letters. Some are cut off."""
+    rng = random.Random(0)
+
+    def text():
+        return "".join(rng.choices("abcdef .", k=rng.randint(5, 50))) + "."
+
+    records = []
+    for i in range(5):
+        record = {"prompt": text(), "good_principle": text(), "bad_principle": text()}
+        for column in sso.COLUMNS.values():
+            record |= {column: text(), f"{column}_finished": rng.random() < 0.5}
+        records.append(record)
+    return write_jsonl(tmp_path_factory.mktemp("random") / "responses.jsonl", records)
+
+
 def naive_logp(model, prompt, response):
     """log π(y|x) by a Python loop over one unpadded sequence: the model's own logits, a softmax a token."""
     logits = model(torch.tensor([prompt + response])).logits[0].double()
@@ -182,10 +200,10 @@ def write_jsonl(path, records):
     return path
 
 
-def command(*words, check=True, **kwargs):
+def command(*words):
     """Run a command line as a user would, from the repository's root."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **kwargs)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 

@@ -110,9 +110,7 @@ CASES["pairs: no yo for a generator"] = (GENERATOR, {"bad.jsonl": line(original=
                                          "line 1: a record without 'original', needed for objective 'sso'")
 for name, changes, words, reason in (
         ("all equal", {"rejected": "So. "}, "", "chosen equals rejected"),
-        ("all empty", {"chosen": " "}, "", "empty response"),
         ("nothing but an end token", {"chosen": "<|im_end|>\n"}, "", "empty response"),
-        ("no room for the prompt", {}, " --set policy.max_length=8", "no room behind the prompt in max_length 8"),
         ("equal up to the cut", {"chosen": "So, so.", "rejected": "So, no."}, " --set policy.max_length=45",
          "chosen equals rejected up to max_length")):
     CASES[f"pairs: {name}"] = (POLICY + words, {"bad.jsonl": line(**changes)},

@@ -1,6 +1,5 @@
 """The benchmarks: that what they compare is the same work, and that they count right. Nothing here is timed."""
 
-import random
 from importlib.util import find_spec
 
 import pytest
@@ -9,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sso
 import train
-from conftest import PAPER, run_here, write_jsonl
+from conftest import PAPER, run_here
 from lab import bench, gpu
 from plumbing import fast
 from plumbing.examples import read_examples
@@ -66,16 +65,12 @@ def test_a_step_by_the_library_does_not_use_our_head(chat, monkeypatch):
 
 @pytest.mark.parametrize("peer", [None, pytest.param("trl", marks=pytest.mark.skipif(
     not find_spec("trl"), reason="TRL is not installed"))])
-def test_a_step_is_one_of_training(qwen3, tmp_path, peer):
+def test_a_step_is_one_of_training(qwen3, random_responses, tmp_path, peer):
     """The same weights as after the one step of `train.py generator`. Learning rate: that of torch's AdamW."""
-    names = ("prompt", "good_principle", "bad_principle", "chosen", "rejected", "original")
-    rng = random.Random(0)
-    records = [{name: "".join(rng.choices("abcdef ", k=30)) + "." for name in names} for _ in range(3)]
-    data = write_jsonl(tmp_path / "data.jsonl", records)
-    recipe = change(PAPER, generator={"batch_size": 3, "lr": 1e-3})
-    train.generator(qwen3, data, tmp_path / "generator", recipe)
+    recipe = change(PAPER, generator={"batch_size": 5, "lr": 1e-3})
+    train.generator(qwen3, random_responses, tmp_path / "generator", recipe)
     chat = load_chat(qwen3, "fast")
-    examples, _ = read_examples(data, "sso", chat, 4096)
+    examples, _ = read_examples(random_responses, "sso", chat, 4096)
     optimizer = train.make_optimizer(chat.model, SETTINGS["weight_decay"])
     make = bench.make_trl_step if peer else bench.make_step
     make(chat, examples, SETTINGS, optimizer)()

@@ -1,6 +1,5 @@
 """What is measured of pairs and of policies, by hand-made numbers; the critics: graders and judges."""
 
-import json
 import statistics
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import sso
 from conftest import PAPER, TOY, TOY_BASE, make_checkpoint, probability, run_here, write_jsonl
 from plumbing.models import load_chat
 from plumbing.records import UserError
-from plumbing.tables import print_table, stat
+from plumbing.tables import stat
 from toy import world
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -267,15 +266,9 @@ def test_the_measures_of_policies_by_hand():
 
 # ---- Commands and tables -------------------------------------------------------------------------
 
-def test_a_table_is_markdown_of_means_and_standard_errors(capsys):
+def test_a_mean_has_its_standard_error():
     assert stat([1.0, 2.0, 3.0, 6.0]) == {"mean": 3.0, "se": pytest.approx(statistics.stdev([1, 2, 3, 6]) / 2), "n": 4}
     assert stat([0.25]) == {"mean": 0.25, "se": 0.0, "n": 1}
-    print_table({"a": {"x": {"mean": 0.5, "se": 0.125, "n": 4}, "y": 7},
-                 "longer": {"x": {"mean": 1, "sd": 2}, "y": 0.5}}, ["x", "y", "z"])
-    assert capsys.readouterr().out == ("|        | x             | y     | z |\n"
-                                       "| ------ | ------------- | ----- | - |\n"
-                                       "| a      | 0.500 ± 0.125 | 7     | - |\n"
-                                       "| longer | 1.000 ± 2.000 | 0.500 | - |\n")
 
 
 def test_the_commands_by_a_judge_a_grader_and_nobody(judge, capsys, records):
@@ -295,14 +288,3 @@ def test_the_commands_by_a_judge_a_grader_and_nobody(judge, capsys, records):
         row = rows_of(capsys.readouterr().out)[str(other)]
         for name in evaluation.POLICIES_TABLE:
             assert row[name] == (shown(by_hand[name]) if name in by_hand else "-")
-
-
-def test_the_report_of_a_run_is_printed_again(capsys):
-    cell = {"mean": 0.5, "se": 0.25, "n": 4}
-    rows = {"base": {"answers": 4, "quality": cell, "words": cell},
-            "SSO": {"answers": 4, "quality": cell | {"mean": 0.75}, "pairs": 9, "p(original)": cell | {"mean": 0.125}}}
-    Path("report.json").write_text(json.dumps(rows))
-    run_here("python eval.py report .")
-    pairs, policies = map(rows_of, capsys.readouterr().out.split("The policies"))
-    assert pairs["SSO"]["p(original)"] == "0.125 ± 0.250" and "base" not in pairs
-    assert policies["SSO"]["quality"] == "0.750 ± 0.250" and policies["base"]["win rate"] == "-"

@@ -8,7 +8,7 @@ import pytest
 
 import generate
 import sso
-from conftest import TOY, run_here
+from conftest import TOY, run_here, texts
 from lab import facts, form, mixed
 from plumbing.grader import load_grader
 from plumbing.recipes import load_toml
@@ -120,37 +120,32 @@ def test_queries_of_others_are_refused(world, query):
 
 # ---- The commands and their files ----------------------------------------------------------------
 
-def write_world(name, options, folder):
+def write_world(name, options, out):
     """{part: records} of what a world's command writes."""
-    run_here(f"python -m lab.{name} --out {folder} {options}")
-    return {part.stem: read_jsonl(part) for part in folder.iterdir()}
+    run_here(f"python -m lab.{name} --out {out} {options}")
+    return {part.stem: read_jsonl(part) for part in Path(out).iterdir()}
 
 
 @pytest.mark.parametrize("name, world", WORLDS.items())
-def test_a_command_writes_queries_and_principles(name, world, tmp_path):
-    written = write_world(name, "", tmp_path / "a")
-    made = world.make_queries()
-    used = set()
-    for part, texts in made.items():
-        assert [record["prompt"][0]["content"] for record in written[part]] == texts
-        generate.written(tmp_path / "a/principles.jsonl", tmp_path / f"a/{part}.jsonl", tmp_path / part, TOY)
-        for text, record in zip(texts, read_jsonl(tmp_path / part), strict=True):
-            kind = world.KINDS[world.parse(text).kind]
-            for side in ("good", "bad"):
-                assert record[f"{side}_principle"] in kind[side]
-                used.add(record[f"{side}_principle"])
-    assert used == {text for kind in world.KINDS.values() for side in ("good", "bad") for text in kind[side]}
-    assert write_world(name, "", tmp_path / "b") == written
-    other = write_world(name, "--seed 1 --count 9", tmp_path / "c")
+def test_a_command_writes_queries_and_principles(name, world, here):
+    written = write_world(name, "", "a")
+    for part, queries in world.make_queries().items():
+        assert texts(f"a/{part}.jsonl", "prompt") == queries
+        generate.written("a/principles.jsonl", f"a/{part}.jsonl", part, TOY)
+        for query, record in zip(queries, read_jsonl(part), strict=True):
+            kind = world.KINDS[world.parse(query).kind]
+            assert record["good_principle"] in kind["good"] and record["bad_principle"] in kind["bad"]
+    assert write_world(name, "", "b") == written
+    other = write_world(name, "--seed 1 --count 9", "c")
     assert len(other["heldout"]) == 9 and other["queries"] != written["queries"][:9]
-    long = write_world(name, "--long 1", tmp_path / "d")
+    long = write_world(name, "--long 1", "d")
     for brief, full in zip(written["principles"], long["principles"], strict=True):
         for side in ("good_principle", "bad_principle"):
             assert full[side].startswith(f"{brief[side]} ") and len(brief[side].split()) < 25
             assert 30 <= len(full[side].split()) <= 60
 
 
-def test_both_worlds_take_turns(tmp_path):
-    written = write_world("mixed", "--count 5", tmp_path)
-    texts = [record["prompt"][0]["content"] for record in written["heldout"]]
-    assert [texts[::2], texts[1::2]] == [world.make_queries()["heldout"][:5] for world in WORLDS.values()]
+def test_both_worlds_take_turns(here):
+    write_world("mixed", "--count 5", "mixed")
+    queries = texts("mixed/heldout.jsonl", "prompt")
+    assert [queries[::2], queries[1::2]] == [world.make_queries()["heldout"][:5] for world in WORLDS.values()]

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+import eval as evaluation
 import generate
 import sso
 from conftest import TOY, TOY_BASE, run_here, write_jsonl
 from plumbing.grader import load_grader
 from plumbing.principles import begun_answer, cut
-from plumbing.records import UserError, read_jsonl
+from plumbing.records import UserError
 from plumbing.sampling import load_sampler
 from toy import world
 
@@ -105,17 +106,15 @@ def test_its_model_trained_again_is_as_good():
     world.build("again")
     records = [world.write_principles(query, "default", 0) for query in world.make_queries()[1][:256]]
     principles = write_jsonl("p.jsonl", records)
-    quality = {}
+    critic, _ = evaluation.load_critic(grader=world.__file__)
+    plain, good = [], []
     for model in (TOY_BASE, Path("again")):
         out = f"{model.name}.jsonl"
-        generate.responses(model, principles, out, TOY, roles=("good", "original"))
-        for role in ("good", "original"):
-            grades = []
-            for record in read_jsonl(out):
-                grades.append(world.grade(record["prompt"][0]["content"], *sso.record_response(record, role)))
-            quality[model.name, role] = statistics.fmean(grades)
-    assert quality["again", "original"] == pytest.approx(quality["base", "original"], abs=0.04), quality
-    assert min(quality["base", "good"], quality["again", "good"]) >= 0.85, quality
+        generate.responses(model, principles, out, TOY)
+        measures = evaluation.measure_pairs(out, model, critic, TOY)
+        plain.append(measures["yo"]["mean"])
+        good.append(measures["y+"]["mean"])
+    assert plain[0] == pytest.approx(plain[1], abs=0.04) and min(good) >= 0.85
 
 
 def test_no_held_out_query_is_trained_on_and_every_round_has_its_own():
