@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from plumbing.checkpoint import Progress
 from plumbing.outputs import fingerprint
 from plumbing.records import split_queries
 
+pytestmark = pytest.mark.usefixtures("place")
 RECORD = {"prompt": "Why?", "good_principle": "Be kind.", "bad_principle": "Be rude.", "chosen": "So.",
           "rejected": "No.",
           "original": "Well."}
@@ -310,76 +312,74 @@ MODELS = {      # name -> what is done to all but the weights of a good checkpoi
 
 # ---- The tests -----------------------------------------------------------------------------------
 
-def contents(folder):
-    """{file: bytes} of all that exists."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents():
+    """{file: bytes} of all that exists in the current folder."""
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
 @pytest.fixture
-def place(qwen3, tmp_path, monkeypatch):
+def place(qwen3, here):
     """The current folder: a model, a grader, a good file, answers to another query."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(qwen3)
-    (tmp_path / "good.jsonl").write_text(GOOD.replace("Why?", "When?", 1))
-    (tmp_path / "other.jsonl").write_text(line(prompt="Where?"))
-    (tmp_path / "grader.py").write_text("def grade(query, response, finished):\n    return 1\n")
-    return tmp_path
+    Path("model").symlink_to(qwen3)
+    Path("good.jsonl").write_text(GOOD.replace("Why?", "When?", 1))
+    Path("other.jsonl").write_text(line(prompt="Where?"))
+    Path("grader.py").write_text("def grade(query, response, finished):\n    return 1\n")
 
 
-def ends_in_one_line(words, expected, folder, capsys):
+def ends_in_one_line(words, expected, capsys):
     """It does, its code is not zero, and what there was is as it was. Returns the new files."""
-    before = contents(folder)
+    before = contents()
     with pytest.raises(SystemExit) as end:
         run_here(words)
     said = end.value.code
     if said == 2:                       # argparse's: its own last line
         said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: " in said and "\n" not in said and re.search(expected, said), said
-    after = contents(folder)
+    after = contents()
     assert {path: after.get(path) for path in before} == before
     return after.keys() - before.keys()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_ends_in_one_line_before_anything_is_loaded_or_written(name, place, monkeypatch, capsys):
+def test_bad_input_ends_in_one_line_before_anything_is_loaded_or_written(name, monkeypatch, capsys):
     words, texts, expected = CASES[name]
     for file, text in texts.items():
-        (place / file).parent.mkdir(exist_ok=True)
-        (place / file).write_bytes(text.encode() if isinstance(text, str) else text)
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_bytes(text.encode() if isinstance(text, str) else text)
     late = "longer than the context" in name        # only the model's tokenizer says how long it is
     if not late:
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    new = ends_in_one_line(words, expected, place, capsys)
+    new = ends_in_one_line(words, expected, capsys)
     assert not new or late, new
 
 
 @pytest.mark.parametrize("name", [*MODELS, *(f"weights: {name}" for name in WEIGHTS)])
-def test_a_bad_model_ends_in_one_line(name, place, qwen3, monkeypatch, capsys):
-    shutil.copytree(qwen3, place / "bad")
+def test_a_bad_model_ends_in_one_line(name, qwen3, monkeypatch, capsys):
+    shutil.copytree(qwen3, "bad")
     if name in MODELS:
         spoil, expected = MODELS[name]
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     else:
         spoil, expected = WEIGHTS[name.removeprefix("weights: ")]
-    spoil(place / "bad")
+    spoil(Path("bad"))
     words = RESPONSES.replace("--model model", "--model bad").replace("bad.jsonl", "good.jsonl")
-    assert not ends_in_one_line(words, f"^error: model bad: {expected}", place, capsys)
+    assert not ends_in_one_line(words, f"^error: model bad: {expected}", capsys)
 
 
-def test_a_pad_token_beyond_the_embedding_is_no_trouble(place, qwen3):
+def test_a_pad_token_beyond_the_embedding_is_no_trouble(qwen3):
     """Another id pads."""
-    shutil.copytree(qwen3, place / "bad")
-    extra_token(place / "bad", "<pad>")
-    change_json(place / "bad/tokenizer_config.json", pad_token="<pad>")
-    (place / "bad.jsonl").write_text(line() + "\n" + line(prompt="Why not?", chosen="So it is."))
+    shutil.copytree(qwen3, "bad")
+    extra_token(Path("bad"), "<pad>")
+    change_json("bad/tokenizer_config.json", pad_token="<pad>")
+    Path("bad.jsonl").write_text(line() + "\n" + line(prompt="Why not?", chosen="So it is."))
     for words in (RESPONSES + " --set responses.max_new_tokens=2", POLICY):
         run_here(words.replace("--model model", "--model bad"))
-    assert (place / "new.jsonl").exists() and (place / "new/model.safetensors").exists()
+    assert Path("new.jsonl").exists() and Path("new/model.safetensors").exists()
 
 
 # ---- What is not a bad file ----------------------------------------------------------------------
 
-def test_the_second_of_two_processes_at_one_output_ends_in_one_line(place, capsys):
+def test_the_second_of_two_processes_at_one_output_ends_in_one_line(capsys):
     """A training's folder, and a file. Beside them another may work; and the death of the holder ends its lock."""
     outs = {"runs/x": POLICY.replace("new", "runs/x"), "runs/y.jsonl": RESPONSES.replace("new.jsonl", "runs/y.jsonl")}
     hold = ("import sys, plumbing.command as c\n"
@@ -387,18 +387,17 @@ def test_the_second_of_two_processes_at_one_output_ends_in_one_line(place, capsy
     with subprocess.Popen([sys.executable, "-c", hold, *outs], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}) as holder:
         holder.stdout.readline()
-        (place / "bad.jsonl").write_text(GOOD)
+        Path("bad.jsonl").write_text(GOOD)
         for out, words in outs.items():
-            ends_in_one_line(words, f"another process is at work on {out}; wait for its end, or choose another --out",
-                             place, capsys)
+            ends_in_one_line(words, f"another process is at work on {out}; wait for its end, or choose another --out", capsys)
         run_here(RESPONSES.replace("new", "runs/z") + " --set responses.max_new_tokens=2")
         holder.kill()
     for words in outs.values():
         run_here(words + " --set responses.max_new_tokens=2")
-    assert not list((place / "runs").glob(".*"))
+    assert not list(Path("runs").glob(".*"))
 
 
-def interrupt_training(place, monkeypatch):
+def interrupt_training(monkeypatch):
     """SIGTERM within the first update. Returns the command."""
     write_row = Progress.log
 
@@ -406,81 +405,80 @@ def interrupt_training(place, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         write_row(progress, row)
 
-    (place / "bad.jsonl").write_text(GOOD)
+    Path("bad.jsonl").write_text(GOOD)
     words = POLICY + " --set policy.epochs=2"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; the same command continues"):
         patch.setattr(Progress, "log", log_and_stop)
         run_here(words)
-    assert len(log(place / "new.partial")) == 1
-    assert torch.load(place / "new.partial/checkpoint.pt")["step"] == 1
+    assert len(log("new.partial")) == 1
+    assert torch.load("new.partial/checkpoint.pt")["step"] == 1
     return words
 
 
-def test_a_full_disk_is_one_line_and_the_command_goes_on(place, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_command_goes_on(monkeypatch):
     """The device /dev/full stands where the file is to be."""
-    training = interrupt_training(place, monkeypatch)
+    training = interrupt_training(monkeypatch)
     sampling = RESPONSES + " --set responses.max_new_tokens=2"
     monkeypatch.setattr("plumbing.checkpoint.SAVE_SECONDS", 0)
     for words, file in ((sampling, "new.jsonl.tmp"), (training, "new.partial/checkpoint.tmp"),
                         (training, "new.partial/config.json")):
-        (place / file).symlink_to("/dev/full")
+        Path(file).symlink_to("/dev/full")
         with pytest.raises(SystemExit, match="^error: .*no disk space[^\n]*$"):
             run_here(words)
-        (place / file).unlink(missing_ok=True)
+        Path(file).unlink(missing_ok=True)
     run_here(sampling)
     run_here(training)
-    assert (place / "new.jsonl").exists() and len(log(place / "new")) == 2
+    assert Path("new.jsonl").exists() and len(log("new")) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"cut", None])
-def test_a_checkpoint_that_is_none_is_one_line(content, place, monkeypatch, capsys):
-    words = interrupt_training(place, monkeypatch)
-    checkpoint = place / "new.partial/checkpoint.pt"
+def test_a_checkpoint_that_is_none_is_one_line(content, monkeypatch, capsys):
+    words = interrupt_training(monkeypatch)
+    checkpoint = Path("new.partial/checkpoint.pt")
     if content is None:
         torch.save({"step": 1, "model": {}}, checkpoint)
     else:
         checkpoint.write_bytes(content)
-    ends_in_one_line(words, "new.partial/checkpoint.pt: not a checkpoint of this training .*; delete it to start over",
-                     place, capsys)
+    ends_in_one_line(words, "new.partial/checkpoint.pt: not a checkpoint of this training .*; delete it to start over", capsys)
 
 
-def test_a_partial_file_of_something_else_is_refused(place, capsys):
-    (place / "bad.jsonl").write_text(GOOD)
+def test_a_partial_file_of_something_else_is_refused(capsys):
+    Path("bad.jsonl").write_text(GOOD)
     words = RESPONSES + " --set responses.max_new_tokens=2"
     run_here(words)
-    (place / "new.jsonl").unlink()
+    Path("new.jsonl").unlink()
     for left in ("mine", "[1]", '{"one": {}}'):
-        (place / "new.jsonl.partial").write_text(left + "\n")
-        ends_in_one_line(words, "new.jsonl.partial: not what this command began; delete it", place, capsys)
+        Path("new.jsonl.partial").write_text(left + "\n")
+        ends_in_one_line(words, "new.jsonl.partial: not what this command began; delete it", capsys)
 
 
-def test_a_bug_of_this_project_shows_its_traceback(place, monkeypatch):
+def test_a_bug_of_this_project_shows_its_traceback(monkeypatch):
     monkeypatch.setattr("plumbing.outputs.grow", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_here(RESPONSES.replace("bad", "good"))
 
 
-def test_all_of_an_input_counts_for_its_identity(place, qwen3):
+def test_all_of_an_input_counts_for_its_identity(qwen3):
     """The last byte of data; of a checkpoint its weights, template and settings, not its log."""
     seen = set()
     for last in "ab":
-        (place / "big.jsonl").write_text("a" * 2**21 + last)
-        os.utime(place / "big.jsonl", ns=(1, ord(last)))
-        seen.add(fingerprint(place / "big.jsonl"))
-    copy = shutil.copytree(qwen3, place / "copy")
-    seen.add(fingerprint(copy))
+        Path("big.jsonl").write_text("a" * 2**21 + last)
+        os.utime("big.jsonl", ns=(1, ord(last)))
+        seen.add(fingerprint("big.jsonl"))
+    shutil.copytree(qwen3, "copy")
+    seen.add(fingerprint("copy"))
     for name in ("chat_template.jinja", "config.json", "model.safetensors", "tokenizer_config.json"):
-        content = (copy / name).read_bytes()
-        (copy / name).write_bytes(content[:-1] + b"!")          # of the same size
-        seen.add(fingerprint(copy))
-    write(copy, "log.jsonl", "{}")
-    assert len(seen) == 7 and fingerprint(copy) in seen
+        content = Path("copy", name).read_bytes()
+        Path("copy", name).write_bytes(content[:-1] + b"!")         # of the same size
+        seen.add(fingerprint("copy"))
+    Path("copy/log.jsonl").write_text("{}")
+    assert len(seen) == 7 and fingerprint("copy") in seen
 
 
-def test_a_query_that_is_there_twice_is_counted_and_on_one_side_of_the_split(place, capsys):
-    write_jsonl(place / "twice.jsonl", [{"prompt": f"q{number % 20}"} for number in range(200)])
+def test_a_query_that_is_there_twice_is_counted_and_on_one_side_of_the_split(capsys):
+    write_jsonl("twice.jsonl", [{"prompt": f"q{number % 20}"} for number in range(200)])
     _, held = split_queries("twice.jsonl", None, seed=0)
-    write_jsonl(place / "held.jsonl", held)
+    write_jsonl("held.jsonl", held)
     for given in (None, "held.jsonl"):
         parts = split_queries("twice.jsonl", given, seed=0)
         queries, held = [{record["prompt"][0]["content"] for record in part} for part in parts]
