@@ -22,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"     # tiny tensors: a second thread gains li
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM)
@@ -193,6 +194,13 @@ def log(folder):
 
 def change_json(path, **changes):
     Path(path).write_text(json.dumps(read_json(path) | changes))
+
+
+def assert_same_weights(a, b, atol):
+    a, b = (load_file(f"{folder}/model.safetensors") for folder in (a, b))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol)
 
 
 def write_jsonl(path, records):

@@ -14,44 +14,25 @@ import sso
 from conftest import TOY, TOY_BASE, run_here, write_jsonl
 from plumbing.grader import load_grader
 from plumbing.principles import begun_answer, cut
+from plumbing.recipes import load_toml
 from plumbing.records import UserError
 from plumbing.sampling import load_sampler
 from toy import world
 
 pytestmark = pytest.mark.usefixtures("here")
-SORT, REVERSE = "sort these words : plum fox axe red", "say backwards : plum fox axe red"
-NAME, FILTER = "name three tools except : axe saw file", "keep only the fruits : plum fox fig red"
+MARKS = load_toml(Path(__file__).with_name("marks.toml"))["toy"]
 
 
-@pytest.mark.parametrize("query, response, quality", [
-    (SORT, "axe fox plum red .", 1),
-    (SORT, "fox axe plum red .", 0.5),
-    (SORT, "axe fox plum red", 0.9),
-    (SORT, "axe fox plum red red .", 0.8),
-    (SORT, "", 0),
-    (SORT, "arr matey axe fox plum red arr .", 1),                                     # three extra words are free
-    (SORT, "axe fox plum red and i hope that this is .", 4 / (4 + 0.5 * 3)),           # six are not
-    (SORT, "sorry but i can not help with that .", 0),
-    (REVERSE, "red axe fox plum .", 1),
-    (REVERSE, "plum fox axe red .", 0),
-    (NAME, "rake drill wrench .", 1),
-    (NAME, "axe saw file .", 0),
-    (NAME, "rake rake rake .", 1 / 3),
-    (NAME, "rake drill wrench hammer .", 1),
-    (NAME, "rake drill wrench fox .", 3 / 4),
-    (FILTER, "fig plum .", 1),
-    (FILTER, "plum .", 0.5),
-    (FILTER, "plum fig fox .", 2 / 3),
-    (FILTER, "plum plum fig .", 2 / 3),
-])
-def test_the_toy_world_is_a_grader(query, response, quality):
+@pytest.mark.parametrize("query", MARKS)
+def test_the_toy_world_is_a_grader(query):
     """An unfinished answer loses a tenth, once. Queries of others are refused."""
     grade = load_grader(world.__file__)
-    assert grade(query, sso.Response(response, True)) == pytest.approx(quality)
-    unfinished = grade(query, sso.Response(response, False))
-    assert unfinished == pytest.approx(0.9 * quality if response.endswith(".") else quality)
+    for response, quality in MARKS[query].items():
+        assert grade(query, sso.Response(response, True)) == pytest.approx(quality), response
+        unfinished = grade(query, sso.Response(response, False))
+        assert unfinished == pytest.approx(0.9 * quality if response.endswith(".") else quality), response
     with pytest.raises(UserError, match="'Why.' is not a query of the toy world"):
-        grade("Why?", sso.Response(response, True))
+        grade("Why?", sso.Response("", True))
 
 
 def test_solutions_are_right_and_every_other_mode_is_worse_except_in_style():

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import sso
 import train
-from conftest import ROOT, TOY, TOY_BASE, change_json, log, make_checkpoint, naive_logp, probability
+from conftest import (ROOT, TOY, TOY_BASE, assert_same_weights, change_json, log, make_checkpoint, naive_logp,
+                      probability)
 from plumbing import checkpoint, fast, memory
 from plumbing.checkpoint import Progress
 from plumbing.examples import read_examples
@@ -32,13 +32,6 @@ pytestmark = pytest.mark.usefixtures("here")
 def recipe(stage, **settings):
     """The toy's recipe with a training of few steps."""
     return change(TOY, **{stage: {"epochs": 1, "batch_size": 16} | settings})
-
-
-def assert_same_weights(a, b, atol):
-    a, b = (load_file(f"{folder}/model.safetensors") for folder in (a, b))
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol)
 
 
 # ---- One step ------------------------------------------------------------------------------------
