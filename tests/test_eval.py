@@ -11,7 +11,7 @@ import sso
 from conftest import PAPER, TOY, TOY_BASE, make_checkpoint, probability, run_here, write_jsonl
 from plumbing.models import load_chat
 from plumbing.records import UserError
-from plumbing.tables import stat
+from plumbing.tables import show, stat
 from toy import world
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -217,10 +217,6 @@ def rows_of(printed):
     return {row[0].strip(): dict(zip(map(str.strip, columns), map(str.strip, row))) for row in rows}
 
 
-def shown(measure):
-    return f"{measure['mean']:.3f} ± {measure['se']:.3f}"
-
-
 def test_the_preflight_through_its_command(capsys, records):
     """A row for each response; of so many queries at most."""
     path = write_jsonl("d.jsonl", [records[0] | {"original": "axe ."}] * 205)
@@ -271,19 +267,18 @@ def test_a_mean_has_its_standard_error():
 
 
 def test_the_commands_by_a_judge_a_grader_and_nobody(judge, capsys, records):
-    data = write_jsonl("d.jsonl", records)
-    file = answers("a.jsonl", *RIGHT)
-    other = answers("b.jsonl", *WRONG)
+    write_jsonl("d.jsonl", records)
+    answers("a.jsonl", *RIGHT)
+    answers("b.jsonl", *WRONG)
     for flags, named in (("", {}), (f"--grader {world.__file__}", {"grader": world.__file__}),
                          (f"--judge {judge} --judge-pairs 2", {"judge": judge, "judge_pairs": 2})):
         critic, limit = evaluation.load_critic(**named)
-        run_here(f"python eval.py pairs {data} --policy {TOY_BASE} {flags}")
+        run_here(f"python eval.py pairs d.jsonl --policy {TOY_BASE} {flags}")
         by_hand = measure(records, critic, limit=limit)
-        row = rows_of(capsys.readouterr().out)[str(data)]
-        assert row.pop("pairs") == "3" and row.pop("") == str(data)
-        assert row == {name: shown(by_hand[name]) if name in by_hand else "-" for name in evaluation.PAIRS_TABLE[1:]}
-        run_here(f"python eval.py answers {file} {other} {flags}")
-        by_hand = evaluation.measure_answers({"a": file, "b": other}, critic, limit)["b"]
-        row = rows_of(capsys.readouterr().out)[str(other)]
+        row = rows_of(capsys.readouterr().out)["d.jsonl"]
+        assert row == {"": "d.jsonl"} | {name: show(by_hand.get(name)) for name in evaluation.PAIRS_TABLE}
+        run_here(f"python eval.py answers a.jsonl b.jsonl {flags}")
+        by_hand = evaluation.measure_answers({"a": "a.jsonl", "b": "b.jsonl"}, critic, limit)["b"]
+        row = rows_of(capsys.readouterr().out)["b.jsonl"]
         for name in evaluation.POLICIES_TABLE:
-            assert row[name] == (shown(by_hand[name]) if name in by_hand else "-")
+            assert row[name] == show(by_hand.get(name))
