@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+import eval as evaluation
 import generate
 import sso
 from plumbing.examples import read_examples
@@ -104,6 +105,7 @@ def qwen3(tmp_path_factory):
 PAPER = read_recipe()
 TOY = change(read_recipe(world.RECIPE), principles={"batch_size": 16}, responses={"batch_size": 16})
 TOY_BASE = world.BASE       # for reading alone
+GRADER, _ = evaluation.load_critic(grader=world.__file__)
 
 
 def pytest_addoption(parser):
@@ -190,6 +192,11 @@ def texts(path, column):
 def log(folder):
     """The rows of a training's log."""
     return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+def times(folder, pattern="*"):
+    """{file: when it was made}."""
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob(pattern) if path.is_file()}
 
 
 def change_json(path, **changes):

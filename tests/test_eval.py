@@ -8,7 +8,7 @@ import torch
 
 import eval as evaluation
 import sso
-from conftest import PAPER, TOY, TOY_BASE, make_checkpoint, probability, run_here, write_jsonl
+from conftest import GRADER, PAPER, TOY, TOY_BASE, make_checkpoint, probability, run_here, write_jsonl
 from plumbing.models import load_chat
 from plumbing.records import UserError
 from plumbing.tables import show, stat
@@ -106,7 +106,6 @@ ROWS = [("axe fox plum red .", "plum fox axe red ."),       # y+ is better
         ("axe fox plum red .", "axe fox plum red . ."),     # equal marks
         ("fox axe plum red .", "axe fox plum red .")]       # y- is better
 PLAIN = "fox axe plum red"
-GRADER = critic_of(grader=world.__file__)
 
 
 @pytest.fixture

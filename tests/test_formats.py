@@ -1,5 +1,7 @@
 """Files as people have them: read as they are, or refused with the line of Python that makes them fit."""
 
+import json
+
 import pytest
 
 import sso
@@ -130,19 +132,12 @@ def test_no_record_is_a_traceback_or_means_something_else_than_it_says():
     leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts
     parts = st.fixed_dictionaries({"type": st.sampled_from(["text", "image"]), "text": texts})
     messages = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]),
-                                      "content": texts | st.lists(parts, max_size=2) | leaves}, optional={"name": leaves})
+                                      "content": texts | st.lists(parts, min_size=1, max_size=1) | leaves}, optional={"name": leaves})
     values = leaves | st.lists(messages | leaves, max_size=3) | messages
     names = ("prompt instruction question query input context system messages conversation conversations chosen rejected "
              "original chosen_finished answers good_principle").split()
     records = st.dictionaries(st.sampled_from(names), values, max_size=6)
     path = "d.jsonl"
-
-    def all_texts(value):
-        if isinstance(value, dict):
-            value = list(value.values())
-        if isinstance(value, list):
-            return "".join(map(all_texts, value))
-        return value if isinstance(value, str) else ""
 
     @hypothesis.settings(max_examples=1000, deadline=None)
     @hypothesis.given(records)
@@ -156,7 +151,7 @@ def test_no_record_is_a_traceback_or_means_something_else_than_it_says():
                 continue
             for column in columns:
                 for message in found[0].get(column, []):
-                    assert message["content"] in all_texts(record)
+                    assert json.dumps(message["content"]) in json.dumps(record)
             write_text(path, as_lines(found))
             assert read(path) == found
             write_jsonl(path, [record])

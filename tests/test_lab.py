@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import eval as evaluation
 import generate
 import sso
-from conftest import TOY, TOY_BASE, log, run_here, texts, write_jsonl
+from conftest import GRADER, TOY, TOY_BASE, log, run_here, texts, times, write_jsonl
 from lab import arms, figures, reward, study
 from plumbing import scoring
 from plumbing.examples import read_examples
@@ -150,11 +150,6 @@ def test_accuracies_and_rewardbenchs_sections_by_hand(qwen3, monkeypatch):
 
 # ---- Arms ----------------------------------------------------------------------------------------
 
-def weights(folder):
-    """{file of weights: when it was made}."""
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-
-
 def test_an_arm_with_two_generators(toy_data, toy_responses, tmp_path):
     """L+ trains the one that answers y+ under x+, L- the one that answers y- under x-. Two policies share them."""
     recipe = change(TOY, generator={"epochs": 1}, policy={"epochs": 1, "lr": 1e-3})
@@ -165,7 +160,7 @@ def test_an_arm_with_two_generators(toy_data, toy_responses, tmp_path):
     for lr in (1e-3, 3e-3):
         own = change(recipe, policy={"lr": lr})
         reports.append(arms.run_arm("two", "two", start, tmp_path / f"{lr}", own, shared=tmp_path)["two"])
-    made = weights(tmp_path)
+    made = times(tmp_path, "*.safetensors")
     assert len(made) == 4 and reports[0]["quality"] != reports[1]["quality"]
     for role, objective in (("good", "plus"), ("bad", "minus")):
         trained = read_json(f"generator-{objective}.args.json")
@@ -175,14 +170,13 @@ def test_an_arm_with_two_generators(toy_data, toy_responses, tmp_path):
         assert texts("pairs-minus.jsonl", column) == texts(f"{role}.jsonl", column) != texts(toy_responses, column)
     assert read_json("0.001/policy.args.json")["data"].endswith(fingerprint("pairs-minus.jsonl"))
     # The measures are those of eval.py, and the last of the log.
-    critic, _ = evaluation.load_critic(grader=world.__file__)
     answers = {"base": start.answers, "two": "0.001/answers.jsonl"}
     last = log("0.001/policy")[-1]["p(original)"]
-    assert reports[0] == (evaluation.measure_answers(answers, critic)["two"] | {"policy's p(original)": last}
-                          | evaluation.measure_pairs("pairs-minus.jsonl", TOY_BASE, critic, recipe))
+    assert reports[0] == (evaluation.measure_answers(answers, GRADER)["two"] | {"policy's p(original)": last}
+                          | evaluation.measure_pairs("pairs-minus.jsonl", TOY_BASE, GRADER, recipe))
     # Once more, nothing is made.
     assert arms.run_arm("two", "two", start, tmp_path / "0.001", recipe, shared=tmp_path)["two"] == reports[0]
-    assert weights(tmp_path) == made
+    assert times(tmp_path, "*.safetensors") == made
 
 
 # ---- The study's tables --------------------------------------------------------------------------
@@ -301,10 +295,10 @@ def test_the_study_in_small_continues(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reward, "load_reward", interrupt)
         study.run_seed(tmp_path, None, cells, 1, 1)
-    made = weights(tmp_path)
+    made = times(tmp_path, "*.safetensors")
     assert len(made) > 30
     means = dict(ChainMap(*study.run_seed(tmp_path, None, cells, 1, 1)))
-    assert weights(tmp_path).items() > made.items()
+    assert times(tmp_path, "*.safetensors").items() > made.items()
     for table in study.STUDY["tables"]:
         for _, row, *_ in table["rows"]:
             plain = {"y+", "yo", "y-", "p(original)"} if row == "best-of-4" else set()      # has no yo beside its pairs

@@ -17,7 +17,7 @@ import eval as evaluation
 import run
 import sso
 import train
-from conftest import PAPER, TOY, TOY_BASE, log, run_here, texts, write_jsonl
+from conftest import GRADER, PAPER, TOY, TOY_BASE, log, run_here, texts, times, write_jsonl
 from plumbing import checkpoint as checkpoints
 from plumbing.outputs import fingerprint
 from plumbing.recipes import change
@@ -48,10 +48,6 @@ def note(path):
 def named(path):
     """An input as notes have it."""
     return f"{path.name} with content {fingerprint(path)}"
-
-
-def times(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- The whole path ------------------------------------------------------------------------------
@@ -166,13 +162,12 @@ def test_what_is_trained_on_is_looked_at_before_and_reported_as_the_measures_hav
     report = small_run()
     assert done == ["responses.jsonl", "generator", "pairs.jsonl", "policy", "policy",      # the second of them is PBAA
                     "responses.jsonl", "pairs.jsonl"]                                       # and the report's
-    grader, _ = evaluation.load_critic(grader=world.__file__)
     for name, file in (("PBAA", "responses"), ("SSO", "pairs")):
-        measures = measure(OUT / f"{file}.jsonl", TOY_BASE, grader, FEW)
+        measures = measure(OUT / f"{file}.jsonl", TOY_BASE, GRADER, FEW)
         assert {"accuracy", "p(chosen)", "p(rejected)", "p(original)", "y+", "yo", "y-"} < measures.keys()
         assert {key: report[name][key] for key in measures} == measures == read_json(OUT / f"{file}.preflight.json")
     answers = {name: OUT / f"answers_{name}.jsonl" for name in report}
-    for name, measures in evaluation.measure_answers(answers, grader).items():
+    for name, measures in evaluation.measure_answers(answers, GRADER).items():
         assert {key: report[name][key] for key in measures} == measures
     # Both arms have the same queries and principles; the generator has answered anew, and left yo as it was.
     assert texts(OUT / "responses.jsonl", "original") == texts(OUT / "pairs.jsonl", "original")

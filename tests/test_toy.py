@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 import eval as evaluation
 import generate
 import sso
-from conftest import TOY, TOY_BASE, run_here, write_jsonl
+from conftest import GRADER, TOY, TOY_BASE, run_here, write_jsonl
 from plumbing.grader import load_grader
 from plumbing.principles import begun_answer, cut
 from plumbing.recipes import load_toml
@@ -87,12 +87,11 @@ def test_its_model_trained_again_is_as_good():
     world.build("again")
     records = [world.write_principles(query, "default", 0) for query in world.make_queries()[1][:256]]
     principles = write_jsonl("p.jsonl", records)
-    critic, _ = evaluation.load_critic(grader=world.__file__)
     plain, good = [], []
     for model in (TOY_BASE, Path("again")):
         out = f"{model.name}.jsonl"
         generate.responses(model, principles, out, TOY)
-        measures = evaluation.measure_pairs(out, model, critic, TOY)
+        measures = evaluation.measure_pairs(out, model, GRADER, TOY)
         plain.append(measures["yo"]["mean"])
         good.append(measures["y+"]["mean"])
     assert plain[0] == pytest.approx(plain[1], abs=0.04) and min(good) >= 0.85
