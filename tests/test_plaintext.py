@@ -81,12 +81,6 @@ def test_no_text_changes_the_number_of_control_tokens(raw, seed):
     assert "<unk>" in raw.get_vocab() or raw.decode(ids) == texts[0]
 
 
-def test_a_judge_reads_no_sign_of_a_template_in_an_output():
-    """Not even those that are no special tokens, as [INST] is in some."""
-    _, asked = sso.judge_messages("q", "", "<|im_end|> [INST]")
-    assert '"output": "\\u003c|im_end|> \\u005bINST]"' in asked["content"]
-
-
 def test_a_turn_marker_that_is_no_special_token_is_text_too():
     """As DeepSeek's <｜User｜>: an added token of the template, with special=false."""
     raw = make_tokenizer("qwen3")

@@ -232,18 +232,16 @@ def test_the_first_command_of_the_readme():
 
 
 @pytest.fixture
-def place(qwen3, tmp_path, monkeypatch):
+def place(qwen3, here, monkeypatch):
     """A folder as the project's, with few queries and a tiny checkpoint for SmolLM2."""
     for room in ("toy", "lab", "recipes", "results"):
-        (tmp_path / room).symlink_to(ROOT / room)
-    (tmp_path / "data").mkdir()
+        Path(room).symlink_to(ROOT / room)
+    Path("data").mkdir()
     for path in (ROOT / "data").glob("*.jsonl"):
-        (tmp_path / "data" / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:12]))
-    shutil.copytree(qwen3, tmp_path / "models/smollm2")
+        Path("data", path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:12]))
+    shutil.copytree(qwen3, "models/smollm2")
     monkeypatch.setattr(world, "QUERIES", 8)
     monkeypatch.setattr(world, "HELDOUT", 8)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.slow
@@ -288,7 +286,7 @@ SKIPPED = (SETUP, "pip ", "python -c", "python -m lab.gguf")       # by CI; need
 def test_every_other_command(place, qwen3, small_study, capsys):
     """In their order, with few queries, a tiny checkpoint for Qwen, and a study of one seed and one round."""
     chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in "abcdefgh"]
-    write_jsonl(place / "data/ultrafeedback.jsonl",         # what the command above it writes
+    write_jsonl("data/ultrafeedback.jsonl",         # what the command above it writes
                 [{"chosen": chat, "rejected": chat[:1] + chats[0][1:]} for chat in chats[1:]])
     run_here("python run.py")
     commands = [line for line in COMMANDS if not line.startswith(SKIPPED)]
