@@ -389,7 +389,8 @@ def test_the_second_of_two_processes_at_one_output_ends_in_one_line(capsys):
         holder.stdout.readline()
         Path("bad.jsonl").write_text(GOOD)
         for out, words in outs.items():
-            ends_in_one_line(words, f"another process is at work on {out}; wait for its end, or choose another --out", capsys)
+            ends_in_one_line(words, f"another process is at work on {out}; wait for its end, or choose another --out",
+                             capsys)
         run_here(RESPONSES.replace("new", "runs/z") + " --set responses.max_new_tokens=2")
         holder.kill()
     for words in outs.values():
@@ -439,7 +440,8 @@ def test_a_checkpoint_that_is_none_is_one_line(content, monkeypatch, capsys):
         torch.save({"step": 1, "model": {}}, checkpoint)
     else:
         checkpoint.write_bytes(content)
-    ends_in_one_line(words, "new.partial/checkpoint.pt: not a checkpoint of this training .*; delete it to start over", capsys)
+    ends_in_one_line(words, "new.partial/checkpoint.pt: not a checkpoint of this training .*; delete it to start over",
+                     capsys)
 
 
 def test_a_partial_file_of_something_else_is_refused(capsys):
