@@ -44,12 +44,13 @@ CHATML = ("{%- if messages[0]['role'] != 'system' and DEFAULT %}<|im_start|>syst
           "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n"
           "{% if enable_thinking is defined and enable_thinking is false %}THINK{% endif %}{% endif %}")
+CHATML_TOKENS = ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]
 KINDS = {   # family -> (config, model, chat template, special tokens: the end of turn, the end of text, others)
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, CHATML.replace("DEFAULT", "true").replace("THINK", ""),
-              ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]),
+              CHATML_TOKENS),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM,
               CHATML.replace("DEFAULT", "false").replace("THINK", "<think>\n\n</think>\n\n"),
-              ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]),
+              CHATML_TOKENS),
     "llama": (LlamaConfig, LlamaForCausalLM,
               "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
               "{{ m['content'] }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
@@ -112,12 +113,9 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests alone")
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_configure(config):
     """Without --slow all tests but those that are marked slow; with it these alone."""
-    slow = config.getoption("--slow")
-    kept = [item for item in items if (item.get_closest_marker("slow") is not None) == slow]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    config.option.markexpr = "slow" if config.getoption("--slow") else "not slow"
 
 
 @pytest.fixture

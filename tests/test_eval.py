@@ -19,11 +19,6 @@ PAIRS = [(f"Query {i}?", sso.Response(f"answer {i}", True), sso.Response("x" * (
          for i in range(12)]
 
 
-def critic_of(**named):
-    critic, _ = evaluation.load_critic(**named)
-    return critic
-
-
 def first_marks(marks):
     """1, 0.5 or 0 for the first response of each comparison. Both marks of a judge are 1 together."""
     assert all(a + b == 1 for a, b in marks)
@@ -33,7 +28,7 @@ def first_marks(marks):
 @pytest.mark.parametrize("a, b, marks, expected", [
     ("yes", "no", (0.8, 0.3), 1), ("yes", "no", (0.3, 0.8), 0), ("yes", "no", (0.5, 0.5), 0.5),
     ("yes", "", (0.0, 1.0), 1), ("", "no", (1.0, 0.0), 0),              # an empty one loses, whatever the critic says
-    ("yes", " \n", (0.5, 0.5), 1), ("\t", "no", (0.5, 0.5), 0), ("", "", (0.6, 0.5), 0.5), ("", " ", (0.0, 0.1), 0.5)])
+    ("yes", " \n", (0.5, 0.5), 1), ("", " ", (0.0, 0.1), 0.5)])
 def test_the_better_mark_wins_and_an_empty_response_loses(a, b, marks, expected):
     assert evaluation.is_better(("q", sso.Response(a, True), sso.Response(b, True)), marks) == expected
 
@@ -69,7 +64,7 @@ def test_a_mark_is_the_share_of_both_orders_won_by_the_probabilities_of_the_name
         return (logits[m] > logits[M]).item()
 
     by_hand = [(prefers_m(q, a, b) + (not prefers_m(q, b, a))) / 2 for q, a, b in PAIRS]
-    critic = critic_of(judge=judge, prompts=sso.PROMPTS | {"judge": wording})
+    critic, _ = evaluation.load_critic(judge=judge, prompts=sso.PROMPTS | {"judge": wording})
     marks = critic(PAIRS)
     assert first_marks(marks) == by_hand and len(set(by_hand)) > 1
     assert critic([(q, b, a) for q, a, b in PAIRS]) == [(b, a) for a, b in marks]
@@ -160,7 +155,7 @@ def test_probabilities_are_of_every_response_with_a_token(records):
 
 
 def test_a_judges_quality_of_a_response_is_the_share_of_orders_won_against_yo(judge, qwen3):
-    critic = critic_of(judge=judge)
+    critic, _ = evaluation.load_critic(judge=judge)
     records, against = [], {"y+": [], "y-": []}
     for query, a, b in PAIRS:
         plain = sso.Response(f"plain {a.text}", True)

@@ -169,11 +169,9 @@ def test_principles_from_a_file_are_the_querys_own_or_two_general_ones():
         found = re.fullmatch(r"g(\d)\. g(\d)\.", text)
         assert found[1] != found[2]
     assert len(set(drawn[0])) > 8 and drawn[0] != drawn[1]
-    for records, message in (([own], "q.jsonl, line 2: .*w2.jsonl has no principles for it"),
-                             ([{"good_principle": "x"}], "w2.jsonl, line 1: a record without a 'bad_principle'")):
-        with pytest.raises(UserError, match=message):
-            generate.written(write_jsonl("w2.jsonl", records), "q.jsonl", "p2", PAPER)
-        assert not list(Path().glob("p2*"))
+    with pytest.raises(UserError, match="q.jsonl, line 2: .*w2.jsonl has no principles for it"):
+        generate.written(write_jsonl("w2.jsonl", [own]), "q.jsonl", "p2", PAPER)
+    assert not list(Path().glob("p2*"))
 
 
 EXAMPLE = {"query": "How far is the moon?", "bad": "Talk of cheese and of nothing else for many lines, please.",
