@@ -69,8 +69,6 @@ for name, text, expected in (
          "line 1: .*role 'boss'; known are system, user"),
         ("query of the assistant", '{"prompt": [{"role": "assistant", "content": "a"}]}',
          "line 1: the last message of .* is of the ass"),
-        ("query of two messages", json.dumps({"prompt": [message("user"), message("user")]}),
-         "line 1: a query is one user"),
         ("Alpaca's input", '{"instruction": "a", "input": "b"}', "line 1: an 'input' beside 'instruction'"),
         ("instruction a list", '{"instruction": ["a"]}', PROMPT)):
     CASES[f"queries: {name}"] = (QUERIES, {"bad.jsonl": text}, f"bad.jsonl(, |: ){expected}")
