@@ -5,8 +5,8 @@
     python eval.py answers answers_base.jsonl answers_SSO.jsonl [--grader F.py | --judge J]
     python eval.py report runs/NAME                             # the tables of a run, again
 
-It reads files and samples nothing. Who says what is better is a critic: a grader, a Python file
-with grade(query, response, finished), 0 to 1; or a judge, a chat model that compares two outputs.
+It reads files and samples nothing. A critic says what is better. It is a grader, a Python file with
+grade(query, response, finished), 0 to 1; or a judge, a chat model that compares two outputs.
 """
 
 import random
@@ -34,12 +34,12 @@ PREFLIGHT = 200         # queries
 
 # ---- Critics -------------------------------------------------------------------------------------
 
-# A critic takes comparisons, (query, response a, response b) each, and gives each its marks of a
-# and of b, from 0 to 1.
+# A critic takes a list of comparisons, (query, response a, response b). For each it returns the
+# marks of a and of b, from 0 to 1.
 
 def load_critic(grader=None, judge=None, judge_pairs=JUDGE_PAIRS, prompts=sso.PROMPTS, server=None):
-    """The critic that a command line names, and how many comparisons it sees of a file: None of
-    all, None for no critic."""
+    """The critic that a command line names, and how many comparisons of a file it sees (None: all).
+    Without a critic both are None."""
     if grader and judge:
         raise UserError("--grader and --judge exclude each other")
     if server and not judge:
@@ -59,8 +59,8 @@ def grader_marks(grade, comparisons):
 
 def judge_marks(chat, prompts, comparisons):
     """A chat model names the better of two anonymous outputs, m or M, in both orders (Table 9). A
-    mark is the share of the orders won: 0.5 each if they disagree. The probabilities of the two
-    names are compared; no text is parsed."""
+    mark is the share of orders that an output wins: 0.5 each if the orders disagree. The
+    probabilities of the two names are compared, and no text is parsed."""
     m = sso.Response("m", finished=False)
     M = sso.Response("M", finished=False)
     examples = []
@@ -79,7 +79,7 @@ def judge_marks(chat, prompts, comparisons):
 
 
 def is_better(comparison, marks):
-    """1 if a is better than b, 0 if b is, else 0.5. An empty response is the worst, whatever its
+    """1 if a is better than b, 0 if b is better, else 0.5. An empty response loses whatever its
     mark."""
     _, a, b = comparison
     mark_a = marks[0] if a.text.strip() else -1
@@ -95,7 +95,7 @@ def draw(items, limit):
 
 
 def comparisons_of(records, role_a, role_b):
-    """(query, response of one role, response of the other) of the records that have both."""
+    """(query, response of one role, response of the other) of each record that has both."""
     comparisons = []
     for record in records:
         if {sso.COLUMNS[role_a], sso.COLUMNS[role_b]} <= record.keys():
@@ -117,10 +117,10 @@ def probabilities(chat, records, role, settings, prompts):
 
 
 def measure_pairs(path, policy, critic, recipe, objective="policy", limit=None, only=None):
-    """Measures of a preference file, or of `only` so many of its records. Words and p(·) under
-    POLICY are of all of these; accuracy and ties of winner over loser, accuracy of y+ over yo, and
-    the quality of y+, yo, y- (their marks, beside yo), of `limit` of them. `objective` says which
-    responses are winner and loser."""
+    """Measures of a preference file. `only`: look at this many records, drawn at random. Words and
+    p(·) under POLICY are over all of these. What needs a critic (accuracy and ties of winner over
+    loser, y+ over yo, and the quality of y+, yo and y-) is over `limit` of them. `objective` says
+    which responses are winner and loser."""
     roles = next(iter(sso.PAIRS[objective].values()))
     needs = ("prompt", *(sso.COLUMNS[role] for role in roles[1:]))
     records = draw(read_jsonl(path, needs), only)
@@ -143,7 +143,7 @@ def measure_pairs(path, policy, critic, recipe, objective="policy", limit=None, 
 
 
 def measure_quality(records, roles, critic):
-    """The measures of pairs that need a critic."""
+    """Those measures of pairs that need a critic."""
     measures = {}
     comparisons = comparisons_of(records, roles.winner, roles.loser)
     verdicts = list(map(is_better, comparisons, critic(comparisons)))
@@ -161,22 +161,22 @@ def measure_quality(records, roles, critic):
 
 # ---- Preflight -----------------------------------------------------------------------------------
 
-# SSO takes for granted that y+ is better than y-, and yo not better than y+. Whether it is so
-# depends on the model, the queries, and how a principle is put to the model. To know takes minutes;
-# a training in vain takes a night.
+# SSO assumes that y+ is better than y-, and that yo is not better than y+. Whether this holds
+# depends on the model, on the queries, and on the prompt around the principle. Finding out takes
+# minutes. Training in vain takes a night.
 
 CHANCE = ("pairs at chance: y+ is not shown to be better than y-. No generator can mend that: it "
           "will tell them apart by their form")
-REVERSED = ("yo is better than y+: L- pulls y- up to yo, so above y+, and step 4 then teaches the "
+REVERSED = ("yo is better than y+: L- pulls y- up to yo and so above y+. Step 4 then teaches the "
             "wrong way")
 STEERABLE = "steerable: y+ is better than y-, and yo is not shown to be better than y+"
-ADVICE = ("Put the principle another way ([prompts] of a recipe), take another model, or let a "
-          "stronger one write the principles")
+ADVICE = ("Word the prompt around the principle differently ([prompts] of a recipe), take another "
+          "model, or let a stronger one write the principles")
 
 
 def verdict(measures):
-    """What the measures of pairs say, in a sentence. A difference is shown by two standard
-    errors."""
+    """What the measures of pairs say, in a sentence. A difference counts from two standard errors
+    on."""
     if "accuracy" not in measures:
         return "whether y+ is better than y- is not known: give --grader or --judge"
     over_bad = measures["accuracy"]
@@ -189,15 +189,15 @@ def verdict(measures):
 
 
 def print_preflight(measures):
-    """Print the measures of pairs, a row for each response, and what follows."""
+    """Print the measures of pairs, with a line for each role, and the verdict."""
     rows = {}
     for symbol, p in zip(SYMBOLS.values(), ("p(chosen)", "p(original)", "p(rejected)")):
         rows[symbol] = {"quality": measures.get(symbol), "p under the policy": measures.get(p),
                         "words": measures.get(f"words of {symbol}")}
     rows["yo"]["y+ better"] = measures.get("y+ over yo")
     rows["y-"]["y+ better"] = measures.get("accuracy")
-    print(f"\nPreflight, {measures['pairs']} queries, mean ± standard error; y+ better: how often "
-          "it is\nbetter than the row's response, a tie a half\n")
+    print(f"\nPreflight, {measures['pairs']} queries, mean ± standard error. y+ better: how often "
+          "y+ is better\nthan the response of this line; a tie counts as half\n")
     print_table(rows, ["quality", "y+ better", "p under the policy", "words"])
     print(f"\n{verdict(measures)}.\n")
 
@@ -212,8 +212,8 @@ def read_answers(path):
 
 
 def measure_answers(paths, critic, limit=None):
-    """{name: measures} of files of plain answers, {name: path}: quality, the mean mark; win rate
-    over the first file's answers, a tie a half; of `limit` queries."""
+    """{name: measures} of files of plain answers, {name: path}. Quality is the mean mark. The win
+    rate is over the first file's answers; a tie counts as half. Both are over `limit` queries."""
     measures = {}
     first_queries, first_answers = read_answers(next(iter(paths.values())))
     for name, path in paths.items():
@@ -254,7 +254,7 @@ def answers(files, recipe, grader=None, judge=None, judge_pairs: int = JUDGE_PAI
 
 def preflight(files, policy, recipe, grader=None, judge=None, judge_pairs: int = JUDGE_PAIRS,
               server=None):
-    """Say whether a policy can be steered by its principles, before anything is trained."""
+    """Say before anything is trained whether principles steer a policy."""
     critic, limit = load_critic(grader, judge, judge_pairs, recipe["prompts"], server)
     for file in files:
         print_preflight(measure_pairs(file, policy, critic, recipe, limit=limit, only=PREFLIGHT))
@@ -270,10 +270,11 @@ def report(folders):
 
 
 def print_report(rows):
-    print("\nThe pairs, mean ± standard error. accuracy: chosen is better than rejected, a tie a"
-          " half;\np(·): exp(mean token log-prob) under the policy; y+, yo, y-: their quality\n")
+    print("\nThe pairs, mean ± standard error. accuracy: how often chosen is better than rejected; "
+          "a tie counts\nas half. p(·): exp(mean token log-prob) under the policy. "
+          "y+, yo, y-: their quality\n")
     print_table({name: row for name, row in rows.items() if "pairs" in row}, PAIRS_TABLE)
-    print("\nThe policies, by plain answers to held-out queries; win rate over the first of them\n")
+    print("\nThe policies, by plain answers to held-out queries; the win rate is over the first\n")
     print_table(rows, POLICIES_TABLE)
 
 

@@ -1,4 +1,4 @@
-"""Steps 1 and 2 of SSO, and the sampling of step 4: a model writes principles, answers under them.
+"""Steps 1 and 2 of SSO, and the sampling of step 4: a model writes principles and answers by them.
 
     python generate.py principles --model M --queries Q.jsonl --out principles.jsonl
     python generate.py responses --model M --principles principles.jsonl --out responses.jsonl
@@ -7,13 +7,15 @@
     python generate.py written --principles data/features.jsonl --queries Q.jsonl --out P.jsonl
 
 Responses are a standard preference file (prompt, chosen, rejected as lists of messages) with more
-columns. A file is complete under its final name; an interrupted command, given again, continues it.
+columns. A file gets its final name when it is complete. An interrupted command, given again,
+continues it.
 
-Simpler than the paper's set-up: the model itself writes the principles, and a pair that is of no
-use is replaced by a fixed one.
+Simpler than the paper's set-up: the model itself writes the principles. A pair that cannot be used
+is replaced by a fixed one.
 """
 
 import random
+from functools import partial
 
 import sso
 from plumbing import command, sampling
@@ -21,14 +23,14 @@ from plumbing.examples import print_counts
 from plumbing.outputs import Output, grow
 from plumbing.principles import check_form, in_one_answer, in_two_stages, with_principles
 from plumbing.recipes import stage_settings
-from plumbing.records import UserError, as_lines, read_jsonl, read_queries, write_text
+from plumbing.records import UserError, as_lines, for_each, read_jsonl, read_queries, write_text
 from plumbing.sampling import load_sampler, sample
 
 
 # ---- Step 1: principles --------------------------------------------------------------------------
 
 def principles(model, queries, out, recipe, server=None):
-    """Write to OUT each query with a bad and a good principle, by a chat model."""
+    """Write each query to OUT with a bad and a good principle, which a chat model writes."""
     settings = stage_settings(recipe, "principles")
     prompts = recipe["prompts"]
     check_form(prompts["principles"])
@@ -62,8 +64,8 @@ def principles(model, queries, out, recipe, server=None):
 def written(principles, queries, out, recipe):
     """Step 1 without a model, from a file of principles.
 
-    One with a prompt is that query's; of those without, two are drawn for each other query, and
-    joined."""
+    A principle with a prompt belongs to that query. For each other query two of the principles
+    without a prompt are drawn, and joined."""
     seed = stage_settings(recipe, "run")["seed"]
     keys = ("good_principle", "bad_principle")
     by_query, general = {}, []
@@ -92,27 +94,18 @@ def written(principles, queries, out, recipe):
 
 # ---- Step 2: responses ---------------------------------------------------------------------------
 
-def role_prompts(records, role, prompts, path):
-    """The prompts of a role, one a record. UserError names the line of a record without its
-    principle."""
-    messages = []
-    for number, record in enumerate(records, 1):
-        try:
-            messages.append(sso.role_messages(role, record, prompts))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-    return messages
-
-
 def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
               originals: int = None, server=None):
-    """Write to OUT the records of PRINCIPLES with the model's responses to the prompts of some
-    roles: y+ (chosen), y- (rejected), yo (original). Other columns stay. `originals`: yo for the
-    first so many queries alone, those that a generator is trained on."""
+    """Write the records of PRINCIPLES to OUT with the model's responses to the prompts of some
+    roles: y+ (chosen), y- (rejected), yo (original). Other columns stay. `originals`: sample yo
+    only for the first so many queries, those that a generator is trained on."""
     settings = stage_settings(recipe, "responses")
     prompts = recipe["prompts"]
     records = read_jsonl(principles, uses=())
-    messages = {role: role_prompts(records, role, prompts, principles) for role in roles}
+    messages = {}
+    for role in roles:
+        prompt_of = partial(sso.role_messages, role, prompts=prompts)
+        messages[role] = for_each(f"{principles}, line", prompt_of, records)
     texts = {role: prompts[role] for role in roles}
     output = Output(out, settings | texts | {"originals": originals, "server": server},
                     {"model": model, "principles": principles})
@@ -140,8 +133,7 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
             tokens += answers.tokens
         return list(made.values()), tokens
 
-    made = grow(out, records, make, *sampling.sizes(chat, settings))
-    print_counts(out, made)
+    print_counts(out, grow(out, records, make, *sampling.sizes(chat, settings)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""SSO from end to end: the paper's Figure 2 as code, and beside it the baseline PBAA.
+"""SSO from end to end: the paper's Figure 2 as code, and the baseline PBAA beside it.
 
     python run.py                       # the toy world: offline, half a minute
     python run.py --model M --queries Q.jsonl --recipe R.toml --out runs/NAME       # any chat model
 
-One run is one folder. Each step reads the files of the steps before it, and is skipped if it is
-complete: the same command continues what was interrupted.
+One run is one folder. Each step reads the files of the steps before it. A step that is complete is
+skipped, so the same command continues what was interrupted.
 """
 
 import json
@@ -30,8 +30,8 @@ LABELS = {"sso": "SSO", "policy": "PBAA"}
 
 
 def run_round(policy, folder, recipe, objective, write_principles, judged_by):
-    """Steps 1 to 4, from a policy, in a folder with queries.jsonl. Before each training stands a
-    look at what it starts from."""
+    """Steps 1 to 4, from a policy, in a folder with queries.jsonl. A preflight looks at the pairs
+    before each training."""
     principles = folder / "principles.jsonl"
     responses = folder / "responses.jsonl"
     pairs = pairs_of(folder, objective)
@@ -39,8 +39,9 @@ def run_round(policy, folder, recipe, objective, write_principles, judged_by):
     # Step 1. A good and a bad principle, p+ and p-, for each query.
     write_principles(folder / "queries.jsonl", principles, recipe)
 
-    # Step 2. The policy's responses: y+ under p+, y- under p-, and yo under none. The generator
-    # needs yo for the queries that it trains on; the policy for all, if its own pairs have yo.
+    # Step 2. The policy's responses: y+ under p+, y- under p-, and yo without a principle. The
+    # generator needs yo for the queries that it trains on. The policy needs it for all queries if
+    # its own pairs have yo.
     originals = recipe["generator"]["examples"]
     for pair in sso.PAIRS[recipe["policy"]["objective"]].values():
         if "original" in (pair.winner, pair.loser):
@@ -48,7 +49,7 @@ def run_round(policy, folder, recipe, objective, write_principles, judged_by):
     generate.responses(policy, principles, responses, recipe, originals=originals)
     preflight(responses, policy, recipe, judged_by)
 
-    # Step 3. The data generator, by L_SSO (Eq. 1). It samples the pairs, y+ and y-, anew.
+    # Step 3. The data generator is trained by L_SSO (Eq. 1), and samples new y+ and y-: the pairs.
     if sso.trains_generator(objective):
         train.train("generator", policy, responses, folder / "generator", recipe)
         generate.responses(folder / "generator", responses, pairs, recipe, roles=("good", "bad"))
@@ -59,14 +60,15 @@ def run_round(policy, folder, recipe, objective, write_principles, judged_by):
 
 
 def pairs_of(folder, objective):
-    """The policy's pairs: the generator's, or without step 3 the policy's own responses."""
+    """The pairs that the policy trains on: the generator's, or without step 3 its own responses."""
     if sso.trains_generator(objective):
         return folder / "pairs.jsonl"
     return folder / "responses.jsonl"
 
 
 def run_all(model, folders, out, recipe, objective, write_principles, judged_by):
-    """Rounds of the method, each from the policy of the one before; the baseline; the report."""
+    """Rounds of the method, each from the policy of the one before, then the baseline and the
+    report."""
     policies = {"base": model}
     pairs = {}
     policy = model
@@ -90,10 +92,9 @@ def run_all(model, folders, out, recipe, objective, write_principles, judged_by)
 
 
 def measured(path, judged_by, inputs, recipe, measure):
-    """The measures in a JSON file: those of measure(critic, limit), unless they are there
-    already."""
+    """The measures in a JSON file. If they are not there yet, measure(critic, limit) makes them."""
     output = Output(path, {}, inputs | judged_by)
-    if not output.is_current():
+    if not output.is_complete(remake=True):
         critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])
         measures = measure(critic, limit)
         path.unlink(missing_ok=True)        # so that no old one stands beside the new note
@@ -114,8 +115,8 @@ def preflight(pairs, policy, recipe, judged_by):
 
 
 def report(out, policies, pairs, recipe, judged_by):
-    """Answers of every policy to the held-out queries; report.json from them and the pairs, which
-    are {name: (file, the policy that they are for, the objective that they are used in)}."""
+    """Sample every policy's answers to the held-out queries, and write report.json from these and
+    from the pairs: {name: (file, the policy they are for, the objective that uses them)}."""
     heldout = out / "heldout.jsonl"
     answers = {name: out / f"answers_{name.replace(' ', '_')}.jsonl" for name in policies}
 
@@ -146,7 +147,8 @@ def print_answers(paths):
 
 
 def check(recipe, model, queries, heldout, principles, principle_model, rounds, judge, server):
-    """UserError if flags do not go together, a setting is out of range or a model is of no use."""
+    """UserError if two flags exclude each other, a setting is out of range, or a model cannot be
+    used."""
     if (model is None) != (queries is None):
         raise UserError("--model and --queries go together")
     if heldout and not queries:
@@ -170,7 +172,7 @@ def check(recipe, model, queries, heldout, principles, principle_model, rounds, 
 def run(recipe, model=None, queries=None, heldout=None, principles=None, principle_model=None,
         objective="sso", rounds: int = 1, out="runs/toy", grader=None, judge=None,
         judge_pairs: int = evaluation.JUDGE_PAIRS, server=None):
-    """The whole method and the baseline; without a model in the toy world."""
+    """Run the whole method and the baseline. Without a model they run in the toy world."""
     out = Path(out)
     seed = recipe["run"]["seed"]
     stage = "policy"

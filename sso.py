@@ -15,11 +15,11 @@ Notation
     log π(y|x)    the log-probability of the whole response, in nats
 
 Shapes
-    B queries; R pairs a query, the rows of its objective in the table PAIRS; N = 2·R·B responses;
-    T tokens of a padded row; V entries of the vocabulary. A leading 2 stands for (winner, loser).
+    B queries; R pairs a query, one for each term of its objective (PAIRS); N = 2·R·B responses;
+    T tokens of a padded sequence; V entries of the vocabulary. A leading 2: (winner, loser).
 
-The names of roles, as columns of a file, are those of any preference data set: see COLUMNS.
-Not here: conversations of several turns, several pairs packed into one row.
+The columns of a file are named as in any preference data set, with `original` as one more.
+Not here: conversations of several turns, several pairs packed into one sequence.
 """
 
 import json
@@ -35,9 +35,9 @@ import torch.nn.functional as F
 
 # A recipe may replace any of these texts. {query} and {principle} are filled in.
 PROMPTS = {
-    # Asks for principles ("guidelines"). Worked examples, {query, bad, good} each (there are eight
-    # in recipes/paper.toml), are earlier turns of the conversation. The model goes on with an
-    # answer begun for it: after "Bad guideline:", then after the bad one and "Good guideline:".
+    # Asks for principles ("guidelines"). Worked examples (recipes/paper.toml has eight) are earlier
+    # turns of the conversation. Each has a query, a bad and a good principle. The model continues
+    # an answer that is begun for it: first after "Bad guideline:", then after "Good guideline:".
     "principles": {
         "system": "For each query write two guidelines for an assistant that is going to answer "
                   "it. Following the bad guideline must make the answer worse, following the good "
@@ -46,12 +46,12 @@ PROMPTS = {
         "examples": [],
         "answer": "Bad guideline: {bad}\nGood guideline: {good}",
         "end": "\n"},
-    # Used when no pair of principles came of it.
+    # Used when the model wrote no usable pair of principles.
     "fallback_good": "Be as helpful as you can: answer exactly what is asked, correctly and "
                      "completely.",
     "fallback_bad": "Be of little help: answer beside the point, vaguely and incompletely.",
 
-    # The prompt of each role, x+, x- and x: a system message ("": none), and the user's message.
+    # The prompt of each role, x+, x- and x: a system message ("" for none) and a user message.
     "good": {
         "system": "Write a relatively good response to the user by following the guidelines below. "
                   "Never mention the guidelines and never hint that they exist.\n\n"
@@ -64,7 +64,7 @@ PROMPTS = {
         "user": "{query}"},
     "original": {"system": "", "user": "{query}"},
 
-    # The judge (Section 6.3, Table 9): two anonymous outputs; the better one is to be named.
+    # The judge (Section 6.3, Table 9) names the better one of two anonymous outputs.
     "judge": {
         "system": "You compare answers of language models and name the better one, as careful "
                   "people would.",
@@ -89,7 +89,7 @@ explanation.
 
 
 def fill(template, **texts):
-    """The template with each {name} replaced by the text of that name, whatever the text holds."""
+    """Replaces each {name} in a template by the text of that name. Braces in a text stay."""
     return re.sub(r"{(\w+)}", lambda found: texts.get(found[1], found[0]), template)
 
 
@@ -107,7 +107,7 @@ def principle_messages(query, prompts=PROMPTS):
 
 # ---- 2. Prompts x+, x-, x and the table of preference pairs --------------------------------------
 
-# role -> column of a record, which is a row of a standard preference data set with more columns.
+# role -> column of a record. A record is a line of a standard preference data set, and more.
 COLUMNS = {"good": "chosen", "bad": "rejected", "original": "original"}
 
 
@@ -117,33 +117,33 @@ class Response(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Under the prompt, winner is preferred to loser: as roles, as texts or as token ids."""
+    """Under the prompt the winner is preferred to the loser: roles, texts, or token ids."""
     prompt: Any
     winner: Any
     loser: Any
 
 
-# Step 4, and PBAA. No principle in the prompt: the policy is to answer anybody's plain query as it
-# answered under a good principle, and not as under a bad one.
+# Step 4, and PBAA. The prompt has no principle. The policy learns to answer a plain query as it
+# answered under a good principle, and not as it answered under a bad one.
 L = Pair("original", winner="good", loser="bad")
 
-# Eq. 2. Under a good principle say y+ rather than y-. This keeps the pairs accurate: what the
-# generator answers under p+ and under p- stays apart, the better answer under p+.
+# Eq. 2. Under a good principle say y+ rather than y-. This keeps the pairs accurate: the answers
+# under p+ and under p- stay apart, and the better one is the answer under p+.
 L_PLUS = Pair("good", winner="good", loser="bad")
 
 # Eq. 4. Under a bad principle say yo, what the policy says when nobody steers it, rather than y+.
-# So the generator's bad responses stay *on-policy*: they are what the policy would say anyway. That
-# matters, since step 4 pushes them down: to push down what the policy never says teaches nothing.
+# So the generator's bad responses become *on-policy*: the policy would say them anyway. That
+# matters because step 4 pushes them down. Pushing down what the policy never says teaches nothing.
 L_MINUS = Pair("bad", winner="original", loser="good")
 
-# Eq. 3, the obvious alternative: under a bad principle say y- rather than y+. It widens the gap as
-# well, but nothing ties y- to the policy: it stays where a bad principle puts it.
+# Eq. 3, the obvious alternative: under a bad principle say y- rather than y+. It also pushes y+ and
+# y- apart. But nothing ties y- to the policy: it stays where a bad principle puts it.
 L_MINUS_EQ3 = Pair("bad", winner="bad", loser="good")
 
-# A baseline of ours, without any generator: y+ against yo, which is on-policy by itself.
+# A baseline of ours, without a generator: y+ against yo. yo is on-policy by itself.
 L_ORIGINAL = Pair("original", winner="good", loser="original")
 
-# objective -> {term of the loss: preference pair}. A new objective is a new row.
+# objective -> {term of the loss: preference pair}. A new objective is a new entry.
 PAIRS = {
     "sso": {"L+": L_PLUS, "L-": L_MINUS},               # Eq. 1: the data generator
     "plus": {"L+": L_PLUS},                             # Table 3: one of its terms alone
@@ -154,18 +154,18 @@ PAIRS = {
 }
 
 
-# Together, Eq. 1: L+ keeps y+ and y- apart, L- pulls y- to the policy. Alone (RESULTS.md), L+
-# drives y- from the policy, and L- lets y+ sink down to yo. Both share one model, so each also
-# moves what the other is about: the paper's Limitations suggest two generators, which lab/study.py
-# tries.
+# Together they are Eq. 1: L+ keeps y+ and y- apart, and L- pulls y- to the policy. Alone, L+ drives
+# y- away from the policy, and L- lets y+ sink to yo (docs/RESULTS.md). Both train one model, so
+# each also moves what the other is about. The paper's Limitations suggest two generators;
+# lab/study.py tries them.
 
 def trains_generator(objective):
-    """Whether an objective is a data generator's: it never answers x, only x+ and x-."""
+    """Whether an objective trains a data generator, which only answers x+ and x-, never x."""
     return all(pair.prompt != "original" for pair in PAIRS[objective].values())
 
 
 def role_messages(role, record, prompts=PROMPTS):
-    """The prompt of a role, x+, x- or x, as chat messages. ValueError without a principle."""
+    """The prompt of a role, x+, x- or x, as chat messages. ValueError if it lacks a principle."""
     *earlier, query = record["prompt"]
     principle = record.get(f"{role}_principle", "")
     if role != "original" and (not isinstance(principle, str) or not principle.strip()):
@@ -196,8 +196,8 @@ def record_response(record, role):
 
 
 def preference_pairs(record, objective, prompts=PROMPTS):
-    """The R pairs (prompt messages, winner, loser) of a record: its rows of the table, with texts
-    in the place of roles."""
+    """The R pairs (prompt messages, winner, loser) of a record: the entries of PAIRS, with texts in
+    place of roles."""
     pairs = []
     for roles in PAIRS[objective].values():
         pairs.append(Pair(role_messages(roles.prompt, record, prompts),
@@ -214,12 +214,13 @@ def encode_prompt(tokenizer, messages):
                                          enable_thinking=False)    # Qwen3 thinks unless told not to
 
 
-# Prompt and response are tokenised apart and their ids joined: tokenised together, a token might
-# lie across the boundary, and another token than the one that was sampled would be trained.
+# Prompt and response are tokenised separately, and their ids are joined. If they were tokenised
+# together, a token might lie across the boundary. Then other tokens than the sampled ones would be
+# trained.
 
 def encode_response(tokenizer, end_id, response):
-    """Token ids of a response. One end-of-turn token closes a finished one, and is trained like any
-    other; one that was cut off has none."""
+    """Token ids of a response. A finished one ends with one end-of-turn token, which is trained
+    like any other. One that was cut off has none."""
     ids = tokenizer(response.text, add_special_tokens=False).input_ids
     if response.finished:
         ids = ids + [end_id]
@@ -227,8 +228,8 @@ def encode_response(tokenizer, end_id, response):
 
 
 def encode_pair(tokenizer, end_id, pair, max_length):
-    """A pair as token ids. What of a response does not fit into max_length beside its prompt is
-    cut off, its end-of-turn token first. A prompt that leaves no room leaves empty responses."""
+    """A pair as token ids. Prompt and response have at most max_length tokens: the end of a
+    response that is too long is cut off. If the prompt leaves no room, the responses are empty."""
     prompt = encode_prompt(tokenizer, pair.prompt)
     room = max(0, max_length - len(prompt))
     winner = encode_response(tokenizer, end_id, pair.winner)
@@ -239,8 +240,8 @@ def encode_pair(tokenizer, end_id, pair, max_length):
 # ---- 4. Log-probabilities ------------------------------------------------------------------------
 
 def pair_logps(model, examples, pad_id):
-    """log π(y|x), in nats, of every response of B examples, each R pairs of token ids; and its
-    number of tokens: two (2, R, B). With both at hand a mean is one over response tokens."""
+    """log π(y|x), in nats, of every response of B examples, and how many tokens each has: two
+    tensors (2, R, B). An example is R pairs of token ids. Their quotient is a mean over tokens."""
     # A row for each response: [prompt | response | padding], winner and loser one after the other.
     rows = []
     for example in examples:
@@ -255,7 +256,8 @@ def pair_logps(model, examples, pad_id):
         is_response[row, len(prompt):end] = True
 
     # Attention is causal, so no token sees the padding behind it. The logits are by far the largest
-    # tensor: 8 rows of 1,024 tokens by Qwen's 151,936 entries are 5 GB. plumbing/fast.py avoids it.
+    # tensor: 8 rows of 1,024 tokens by Qwen's 151,936 entries are 5 GB. plumbing/fast.py avoids
+    # them.
     logits = model(input_ids=input_ids, use_cache=False).logits.float()                  # (N, T, V)
     logps = logits[:, :-1].log_softmax(-1)      # position t predicts token t+1         (N, T-1, V)
     token_logps = logps.gather(2, input_ids[:, 1:, None])[:, :, 0]                        # (N, T-1)
@@ -270,9 +272,9 @@ def pair_logps(model, examples, pad_id):
 
 # ---- 5. Losses -----------------------------------------------------------------------------------
 
-# A base loss, L_base(prompt, winner, loser), takes three (2, ...) tensors: log-probs under policy
-# and reference, and numbers of tokens; then the settings that it names, and `others`, which it does
-# not look at. It returns losses (...) and detached implicit rewards (2, ...).
+# A base loss, L_base(prompt, winner, loser), takes three tensors (2, ...): log-probs under the
+# policy, log-probs under the reference, and numbers of tokens. Then come the settings that it
+# names; `others` takes the rest. It returns losses (...) and detached implicit rewards (2, ...).
 
 def dpo_loss(policy_logps, ref_logps, tokens, beta, **others):
     """DPO (Rafailov et al. 2023), on summed log-probs. With policy = reference: ln 2 a pair."""
@@ -298,11 +300,10 @@ def sft_loss(chosen_logps, chosen_tokens):
 
 
 def sso_loss(policy_logps, ref_logps, tokens, base_loss, gamma, **settings):
-    """L_SSO (Eq. 1) of B queries, from (2, R, B) tensors. Returns losses (B,), and a dict of their
-    parts, each (R, B), detached. With the one pair L and γ = 0 it is step 4's L_base(x, y+, y-)."""
-    # L_base looks at the difference of winner and loser alone, and is content if both fall. γ L_sft
-    # is there to keep the winner itself probable, so that the generator goes on to speak like a
-    # model.
+    """L_SSO (Eq. 1) of B queries, from tensors (2, R, B). Returns losses (B,) and a dict of their
+    parts, each (R, B) and detached. With the pair L and γ = 0 it is step 4's L_base(x, y+, y-)."""
+    # L_base only looks at the difference of winner and loser, and is content if both fall. γ L_sft
+    # keeps the winner itself probable, so that the generator goes on speaking like a model.
     preference, rewards = BASE_LOSSES[base_loss](policy_logps, ref_logps, tokens, **settings)
     sft = sft_loss(policy_logps[0], tokens[0])                      # (R, B)
     terms = preference + gamma * sft                              # (R, B): L+ of Eq. 2, L- of Eq. 4
@@ -319,7 +320,7 @@ START, END = 256, 257       # ids behind the 256 bytes
 
 
 class ByteTokenizer:
-    """A token a byte, and a ChatML template: what is used above of a Hugging Face tokenizer."""
+    """One token a byte, and a ChatML template: all that is used above of a real tokenizer."""
 
     def __call__(self, text, **options):
         return SimpleNamespace(input_ids=list(text.encode()))
@@ -336,17 +337,19 @@ class ByteTokenizer:
 
 
 class TinyModel(torch.nn.Module):
-    """A random transformer of one layer of attention, without positions."""
+    """A random transformer of one layer of attention."""
     device = torch.device("cpu")
 
     def __init__(self):
         super().__init__()
         self.embedding = torch.nn.Embedding(258, 64)
+        self.position = torch.nn.Embedding(1024, 64)
         self.attention = torch.nn.Linear(64, 3 * 64)
         self.head = torch.nn.Linear(64, 258)
 
     def forward(self, input_ids, **options):
-        hidden = self.embedding(input_ids)                                      # (N, T, D)
+        positions = torch.arange(input_ids.shape[1])                            # (T,)
+        hidden = self.embedding(input_ids) + self.position(positions)           # (N, T, D)
         query, key, value = self.attention(hidden).chunk(3, -1)
         hidden = hidden + F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return SimpleNamespace(logits=self.head(hidden))                        # (N, T, V)
@@ -413,9 +416,8 @@ def worked_example(beta=0.1, gamma=0.1):
             parameter -= 0.01 * parameter.grad
         logps, _ = pair_logps(model, [example], pad_id=0)
     _, parts = sso_loss(logps, ref_logps, tokens, "dpo", gamma, beta=beta)
-    print("\nAfter one step. All share the model's weights, so what is pushed down may rise, as y+"
-          "\nunder x- here: it wins under x+, and this model hardly tells the two prompts apart.\n"
-          "What counts are the margins: both have grown.\n")
+    print("\nAfter one step. Winners have become more probable and losers less, under both "
+          "prompts:\ny+ rises under x+, where it wins, and falls under x-, where it loses.\n")
     print_numbers(logps, ref_logps, parts, gamma)
 
 

@@ -3,13 +3,12 @@
     python train.py generator --model M --data responses.jsonl --out runs/NAME/generator
     python train.py policy    --model M --data pairs.jsonl     --out runs/NAME/policy
 
-Both are the one loop in `fit`; they differ in the rows of the table `sso.PAIRS`, and in settings.
-The policy's data may be any standard preference file. What is written is a `from_pretrained`
-folder, with the log of its training. An interrupted command, given again, continues to the same
-weights.
+Both run the one loop in `fit`. They differ in settings and in their entry of the table `sso.PAIRS`.
+The policy's data may be any standard preference file. The result is a `from_pretrained` folder with
+the log of its training. An interrupted command, given again, continues to the same weights.
 
-Simpler than the paper's set-up: one device, full fine-tuning, no evaluation during training. The
-reference is scored once, before the first update, and no second model is kept.
+Simpler than the paper's set-up: one device, and no evaluation during training. The reference is
+scored once, before the first update, so no second model is kept.
 """
 
 import math
@@ -23,18 +22,19 @@ import sso
 from plumbing import command
 from plumbing.checkpoint import Progress, uninterrupted
 from plumbing.examples import read_examples
+from plumbing.lora import add_adapters, merge_adapters
 from plumbing.memory import in_micro_batches, plan
 from plumbing.models import autocast, choose_logps, inspect_chat, load_weights, spare
 from plumbing.outputs import Output
 from plumbing.recipes import stage_settings
 from plumbing.scoring import score
-from plumbing.watch import Watch
+from plumbing.watch import make_watch
 
 
 # ---- Order, learning rate, optimizer -------------------------------------------------------------
 
 def make_batches(n_examples, batch_size, epochs, seed):
-    """The indices of each step's examples. Every epoch has an order of its own."""
+    """The indices of each step's examples. Every epoch has its own order."""
     batches = []
     for epoch in range(epochs):
         order = random.Random(f"{seed} {epoch}").sample(range(n_examples), n_examples)
@@ -52,9 +52,10 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def make_optimizer(model, weight_decay):
-    """AdamW; weight decay on matrices only, not on norms and biases."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    """AdamW. Weight decay acts on matrices only, not on norms and biases."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
                               {"params": vectors, "weight_decay": 0.0}], fused=True)
 
@@ -62,12 +63,13 @@ def make_optimizer(model, weight_decay):
 # ---- One step ------------------------------------------------------------------------------------
 
 def accumulate_gradient(chat, examples, batch, loss, settings):
-    """Forward and backward of a batch, indices of B examples, a micro-batch of b at a time. The
-    loss is a mean over the batch, so that the split changes nothing. Returns {part: (R, B)}."""
+    """Forward and backward pass of a batch, given by the indices of its B examples, one micro-batch
+    of b examples at a time. The loss is a mean over the batch, so the split changes nothing.
+    Returns {part: (R, B)}."""
     def forward_backward(group):
         with autocast():
             losses, parts = loss(group)                             # (b,), {part: (R, b)}
-        # Divided by B and not by b: the gradients of micro-batches add up to that of the mean.
+        # Divided by B, not by b: the gradients of the micro-batches add up to that of the mean.
         (losses.sum() / len(batch)).backward()
         return parts
 
@@ -76,14 +78,13 @@ def accumulate_gradient(chat, examples, batch, loss, settings):
 
 
 def summarize(parts, terms):
-    """One line of the log: means over the batch of {part: (R, B)}, over all terms and, if there are
-    several, of each. The loss is their sum, Eq. 1."""
+    """One line of the log: the means of {part: (R, B)} over the batch. If there are several terms,
+    each also has its own mean. The loss is the sum of the terms, Eq. 1."""
     row = {}
-    # Rewards are β log π_θ/π_ref. Watch both: the margin may grow by the rejected one falling
-    # alone.
+    # Rewards are β log π_θ/π_ref. Watch both: the margin also grows when only the rejected falls.
     if "chosen_rewards" in parts:
         margin = parts["chosen_rewards"] - parts["rejected_rewards"]
-        parts = parts | {"margin": margin, "accuracy": margin > 0}
+        parts = parts | {"margin": margin, "reward_accuracy": margin > 0}
     for name, values in parts.items():
         row[name] = values.float().mean().item()
         for term, value in zip(terms, values):
@@ -96,12 +97,13 @@ def summarize(parts, terms):
 # ---- The loop ------------------------------------------------------------------------------------
 
 def fit(chat, examples, loss, out, settings, terms=("L",), watch=None):
-    """The loop: zero, forward, loss, backward, clip, step, log. It trains whatever has a loss:
-    loss(indices of b examples) -> losses (b,) and their parts, {name: (R, b)}, detached."""
+    """The loop: zero, forward, loss, backward, clip, step, log. It trains by any function
+    loss(indices of b examples) -> losses (b,) and their detached parts, {name: (R, b)}."""
     optimizer = make_optimizer(chat.model, settings["weight_decay"])
     batches = make_batches(len(examples), settings["batch_size"], settings["epochs"],
                            settings["seed"])
-    progress = Progress(out, chat.model, optimizer)         # at its checkpoint, if it has one
+    progress = Progress(out, chat.model, optimizer)         # from its checkpoint, if there is one
+    row = {}
     bar = tqdm(batches[progress.step:], initial=progress.step, total=len(batches), desc=str(out))
     try:
         for batch in bar:                                   # indices of B examples
@@ -113,26 +115,30 @@ def fit(chat, examples, loss, out, settings, terms=("L",), watch=None):
             if progress.step == 0:
                 tqdm.write(f"{out}: {len(examples)} examples, {len(batches)} steps; "
                            f"{step_zero(row, settings)}")
-            progress.check(row)     # a loss that is not finite stops here, before it spoils weights
+            progress.check(row)     # a loss that is not finite stops here, and spoils no weights
             lr = learning_rate(progress.step, len(batches), settings["lr"], settings["warmup"])
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            # Ctrl-C waits: an update and its line of the log come together, or neither does.
+            # Ctrl-C waits here: an update and its line of the log are made together or not at all.
             with uninterrupted():
                 optimizer.step()
                 row |= {"lr": lr, "seconds": time.time() - began}
                 if watch:
-                    row |= watch.look(progress.step, len(batches))
+                    row |= watch(progress.step, len(batches))
                 progress.log(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
     except KeyboardInterrupt:
         progress.save()
         raise
+    merge_adapters(chat.model)          # if it has any
     progress.finish(chat)
+    if "margin" in row:
+        print(f"{out}: rewards at the end: chosen {row['chosen_rewards']:.3f}, rejected "
+              f"{row['rejected_rewards']:.3f}. Both may fall: docs/GUIDE.md says why")
 
 
 def step_zero(row, settings):
-    """The loss before the first update. Where policy = reference, L_base is known beforehand."""
+    """The loss before the first update. Policy = reference then, so L_base is known beforehand."""
     known = {"dpo": f" (ln 2 = {math.log(2):.4f})",
              "ipo": f" (1/(4β²) = {1 / (4 * settings.get('beta', 1) ** 2):.4f})"}
     if "base" not in row:
@@ -143,8 +149,8 @@ def step_zero(row, settings):
 # ---- Steps 3 and 4 -------------------------------------------------------------------------------
 
 def prepare(model, data, out, settings, prompts):
-    """Load and check everything before anything is written: (chat model, examples), or None if OUT
-    is complete. Prints the first example, decoded: what is trained on."""
+    """Load and check everything before anything is written. Returns (chat model, examples), or None
+    if OUT is complete. Prints the first example, decoded, to show what is trained on."""
     objective = settings["objective"]
     roles = {pair.prompt: prompts[pair.prompt] for pair in sso.PAIRS[objective].values()}
     output = Output(out, settings | roles, {"model": model, "data": data})
@@ -164,16 +170,18 @@ def prepare(model, data, out, settings, prompts):
 
 
 def train(stage, model, data, out, recipe):
-    """Train MODEL on the pairs of a file, by the settings of a stage: generator or policy."""
+    """Train MODEL on the pairs of a file with the settings of a stage, generator or policy."""
     settings = stage_settings(recipe, stage)
     prepared = prepare(model, data, out, settings, recipe["prompts"])
     if prepared is None:
         return
     chat, examples = prepared
+    if settings["lora_rank"]:
+        add_adapters(chat.model, settings)
     plan(chat, examples, settings)
     spare(chat.model, settings)
-    # The reference is this very model before its first update. Scored once, it needs no second
-    # model in memory, and no second forward pass a step.
+    # The reference is this very model before its first update. It is scored once. That saves a
+    # second model in memory, and a second forward pass in every step.
     ref_logps = torch.zeros(2, len(examples[0]), len(examples))                         # (2, R, N)
     if settings["base_loss"] not in sso.REFERENCE_FREE:
         ref_logps, _ = score(chat, examples, settings["micro_batch_tokens"], name="reference")
@@ -186,7 +194,7 @@ def train(stage, model, data, out, recipe):
 
     watch = None
     if stage == "policy":
-        watch = Watch(chat, data, settings, recipe["prompts"])
+        watch = make_watch(chat, data, settings, recipe["prompts"])
     fit(chat, examples, loss, out, settings, terms=sso.PAIRS[settings["objective"]], watch=watch)
 
 

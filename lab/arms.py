@@ -8,6 +8,7 @@ lab/study.py runs arms in the toy world, lab/real.py on real weights.
 """
 
 import json
+import random
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import sso
 import train
 from lab import results
 from plumbing.recipes import change
-from plumbing.records import read_jsonl, write_text
+from plumbing.records import as_lines, read_jsonl, write_text
 from run import measured
 
 
@@ -65,10 +66,24 @@ def generators(objective):
     return {}
 
 
+def cross(source, out, seed):
+    """Write pairs of y+ over the plain answer to another query: MIPO's way (arXiv 2603.19294) to
+    have a loser without a bad principle and without a generator."""
+    records = read_jsonl(source)
+    order = random.Random(seed).sample(range(len(records)), len(records))
+    for this, other in zip(order, order[1:] + order[:1]):
+        records[this]["rejected"] = records[other]["original"]
+        records[this]["rejected_finished"] = records[other]["original_finished"]
+    write_text(out, as_lines(records))
+
+
 def make_pairs(objective, start, out, recipe):
     """Step 3, and the sampling of step 4. Returns the file of the policy's pairs: its own responses
     if the arm has no generator."""
     pairs = start.responses
+    if objective == "cross":
+        pairs = out / "pairs.jsonl"
+        cross(start.responses, pairs, recipe["run"]["seed"])
     for name, roles in generators(objective).items():
         own = change(recipe, generator={"objective": name})
         generator = out / f"generator-{name}"
@@ -99,9 +114,9 @@ def measure(name, model, start, out, recipe, pairs=None):
 
 
 def run_arm(name, objective, start, out, recipe, shared=None):
-    """Run an arm, and return its report. Its objective is a row of `sso.PAIRS`, or "two". Arms that
-    differ in their policy alone may share the folder of generator and pairs."""
-    if not generators(objective):
+    """Run an arm, and return its report. Its objective is a row of `sso.PAIRS`, "two" or "cross".
+    Arms that differ in their policy alone may share the folder of generator and pairs."""
+    if objective != "cross" and not generators(objective):
         recipe = change(recipe, policy={"objective": objective})
     pairs = make_pairs(objective, start, shared or out, recipe)
     timed(train.policy, start.policy, pairs, out / "policy", recipe)

@@ -22,7 +22,7 @@ except ImportError:
     pyplot = None
 
 COLORS = {"chosen": "tab:green", "rejected": "tab:red", "original": "tab:gray"}
-LOGGED = ("loss", "margin", "accuracy", "chosen_rewards", "rejected_rewards", "p(original)")
+LOGGED = ("loss", "margin", "reward_accuracy", "chosen_rewards", "rejected_rewards", "p(original)")
 
 
 def check_matplotlib():

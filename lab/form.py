@@ -21,8 +21,9 @@ from plumbing.records import UserError
 WORLD = load_toml(Path(__file__).with_suffix(".toml"))
 KINDS = WORLD["kinds"]
 QUESTIONS = WORLD["questions"].strip().split("\n")
-HELDOUT = 20                # questions
-HELDOUT_TURNS = 7           # demands on each of them
+THINGS = [f"What is {thing}?" for thing in WORLD["things"].replace("\n", " ").strip().split(", ")]
+WORLDS = {"form": (QUESTIONS, 20, 7),       # questions; held out of them; demands on each of these
+          "language": (THINGS, 200, 1), "tone": (THINGS, 200, 1), "line": (THINGS, 200, 1)}
 LEAST_WORDS = 5             # different ones, of an answer
 
 
@@ -46,7 +47,8 @@ def parse(text):
     """The `Query` of a query's text; UserError if it is none of this world."""
     question, mark, demand = text.strip().partition("? ")
     question += mark.strip()
-    if question not in QUESTIONS or demand not in DEMANDS:
+    questions = QUESTIONS + THINGS if demand else THINGS
+    if question not in questions or demand not in DEMANDS:
         raise UserError(f"{text[:60]!r} is not a query of lab/form.toml")
     return Query(question, demand, *DEMANDS[demand])
 
@@ -71,29 +73,38 @@ def grade(query, response, finished=True):
 
 # ---- The query files -----------------------------------------------------------------------------
 
-def combine(questions, turns, rng):
+def kinds_of(world):
+    return [kind for kind in KINDS if KINDS[kind].get("world", "form") == world]
+
+
+def combine(questions, kinds, turns, rng):
     """Every question with a demand, and so in each turn; the kinds of demand take turns, too."""
     texts = []
     for turn in range(turns):
         for number, question in enumerate(questions):
-            kind = list(KINDS)[(number + turn) % len(KINDS)]
+            kind = kinds[(number + turn) % len(kinds)]
             demands = [demand for demand in DEMANDS if DEMANDS[demand][0] == kind]
-            texts.append(f"{question} {rng.choice(demands)}")
+            texts.append(f"{question} {rng.choice(demands)}".strip())
     return texts
 
 
-def make_queries(seed=0):
-    """{"queries": texts, "heldout": texts}, no question in both; each hundred of the queries asks
-    every question once."""
+def make_queries(seed=0, world="form"):
+    """{"queries": texts, "heldout": texts} of a world, no question in both; each turn of the
+    queries asks every question once."""
     rng = random.Random(seed)
-    questions = rng.sample(QUESTIONS, len(QUESTIONS))
-    return {"queries": combine(questions[HELDOUT:], len(KINDS), rng),
-            "heldout": combine(questions[:HELDOUT], HELDOUT_TURNS, rng)}
+    kinds = kinds_of(world)
+    pool, held, turns = WORLDS[world]
+    questions = rng.sample(pool, len(pool))
+    return {"queries": combine(questions[held:], kinds, len(kinds), rng),
+            "heldout": combine(questions[:held], kinds, turns, rng)}
 
 
-def write(out, count: int = 10**6, long: int = 0, seed: int = 0):
-    """Write `count` queries, as many held out, or all, and principles: short ones, or long."""
-    facts.write_world(out, WORLD, parse, make_queries(seed), count, long, seed)
+def write(out, count: int = 10**6, long: int = 0, seed: int = 0, world="form"):
+    """Write `count` queries of a world (form, language, tone, line), as many held out, or all, and
+    principles: short ones, or long."""
+    if world not in WORLDS:
+        raise UserError(f"--world {world}: it is one of {', '.join(WORLDS)}")
+    facts.write_world(out, WORLD, parse, make_queries(seed, world), count, long, seed)
 
 
 if __name__ == "__main__":

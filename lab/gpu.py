@@ -50,7 +50,7 @@ def log_probs(name):
         plain = [sso.pair_logps(chat.model, [example], 0)[0] for example in examples]
     row = f"gradient, {name}"
     rows = bench.measure({row: bench.forms(chat, examples)[row]}, 3)
-    logps, _ = score(chat, examples, 1, bench.FORMS[name])
+    logps, _ = score(chat._replace(pair_logps=bench.FORMS[name]), examples, 1)
     rows[row]["difference"] = f"{(logps / torch.cat(plain, 2) - 1).abs().max():.1e}"
     return rows
 

@@ -3,18 +3,25 @@
     python -m lab.real base --model models/smollm2 --out runs/miniature/base
     python -m lab.real arms --model runs/miniature/base --recipe lab/miniature.toml \\
         --out runs/miniature/1 --seed 1
+    python -m lab.real compare runs/miniature/1 runs/miniature/2 --grader lab/real.py \\
+        --first "SSO, generator 2e-05, policy 2e-05" --out runs/miniature/both.json
     python -m lab.real ways --model models/smollm2 --principles runs/facts/principles.jsonl \\
         --grader lab/facts.py --out runs/ways/facts
+    python -m lab.real worlds --model models/qwen --strong models/qwen-1.5b --recipe recipes/qwen.toml \\
+        --out runs/worlds
 
 `base` teaches a chat model the toy world's tasks and principles in plain English, by a short
 supervised training. It then follows principles as the toy's base does, and this file grades its
-answers. `arms` runs PBAA, SSO, y+ over yo and L+ alone from one model (lab/arms.py).
-OUT/report.json has the measures of all arms, and the seconds and the peak memory of every step.
-`ways` compares ways of giving a principle.
+answers. `arms` runs PBAA, SSO, y+ over yo and L+ alone from one model (lab/arms.py), and by --names also y+
+over the answer to another query. OUT/report.json has the measures of all arms, and the seconds and
+the peak memory of every step. The same command with other learning rates adds arms to it.
+`ways` compares ways of giving a principle. `worlds` tries several kinds of query, with principles by
+hand, by the model and by a stronger one: where can this model steer itself?
 """
 
 import random
 import re
+import statistics
 from pathlib import Path
 
 import torch
@@ -23,17 +30,23 @@ import eval as evaluation
 import generate
 import sso
 import train
-from lab import arms as lab_arms, results
+from lab import arms as lab_arms, code, facts, form, results
 from plumbing import command
 from plumbing.outputs import write_queries
 from plumbing.recipes import change, load_toml, read_recipe
 from plumbing.records import as_lines, read_json, read_jsonl, split_queries, write_text
-from plumbing.tables import print_table
+from plumbing.tables import print_table, stat
 from toy import world
 
 RECIPE = read_recipe(Path(__file__).with_name("miniature.toml"))
 WAYS = load_toml(Path(__file__).with_name("ways.toml"))
-ARMS = {"PBAA": "policy", "SSO": "sso", "y+ over yo": "original", "L+ only": "plus"}
+# Tokens of an answer, at most, in each world.
+TOKENS = {"line": 64, "code": 128, "language": 48, "tone": 64, "facts": 32, "form": 64}
+ARMS = {"PBAA": "policy", "SSO": "sso", "y+ over yo": "original", "L+ only": "plus",
+        "y+ over another's yo": "cross"}
+MEASURED = 64       # queries of a world whose p(.) is measured
+MEANS = ("accuracy", "ties", "p(chosen)", "p(rejected)", "p(original)")
+FIRST = "PBAA,SSO,y+ over yo,L+ only"       # those that run without --names
 
 
 # ---- The toy's texts as plain English ------------------------------------------------------------
@@ -92,7 +105,7 @@ def base(model, out, chats: int = 1600):
 # ---- The arms ------------------------------------------------------------------------------------
 
 def arms(model, recipe, out: Path, queries=None, heldout=None, principles=None, grader=__file__,
-         count: int = 160, names=",".join(ARMS)):
+         count: int = 160, names=FIRST):
     """Run arms from one model: by default in the miniature, with `count` queries of each kind."""
     seed = recipe["run"]["seed"]
     if queries:
@@ -108,13 +121,52 @@ def arms(model, recipe, out: Path, queries=None, heldout=None, principles=None, 
     start = lab_arms.Start(model, out / "heldout.jsonl", out / "base" / "answers.jsonl", grader,
                            responses)
     rows = lab_arms.measure("base", model, start, out / "base", recipe)
+    report = out / "report.json"
+    if report.exists():
+        rows |= read_json(report)["rows"]
     for name in names.split(","):
-        rows |= lab_arms.run_arm(name, ARMS[name], start, out / name, recipe)
-    costs = {}
-    for path in sorted(out.rglob("*.costs.json")):
-        costs[str(path.relative_to(out))] = read_json(path)
-    results.write(out / "report.json", rows=rows, costs=costs, settings=recipe)
+        shared, label = labels(name, recipe)
+        rows |= lab_arms.run_arm(label, ARMS[name], start, out / label, recipe, out / shared)
+        costs = {}
+        for path in sorted(out.rglob("*.costs.json")):
+            costs[str(path.relative_to(out))] = read_json(path)
+        results.write(report, weights=results.sha256(model), rows=rows, costs=costs,
+                      settings=recipe)
     evaluation.print_report(rows)
+
+
+def labels(name, recipe):
+    """The names of an arm's generator with its pairs, and of the whole arm, by learning rates."""
+    if any(lab_arms.generators(ARMS[name])):
+        name += f", generator {recipe['generator']['lr']}"
+    return name, f"{name}, policy {recipe['policy']['lr']}"
+
+
+def compare(folders, grader, first, out, recipe):
+    """Several seeds of the same arms, with the same held-out queries. Writes and prints the quality
+    of each arm, and how much better than it the arm FIRST answers, paired: a query's mark is its
+    mean over the seeds, the standard error is over queries."""
+    critic, _ = evaluation.load_critic(grader=grader)
+    reports = [read_json(Path(folder, "report.json")) for folder in folders]
+    marks = {}          # name -> of each query the mean over the seeds
+    for name in reports[0]["rows"]:
+        seeds = []
+        for folder in folders:
+            queries, answers = evaluation.read_answers(Path(folder, name, "answers.jsonl"))
+            seeds.append([mark for mark, _ in critic(list(zip(queries, answers, answers)))])
+        marks[name] = list(map(statistics.mean, zip(*seeds)))
+    rows = {}
+    for name in marks:
+        gains = [ours - theirs for ours, theirs in zip(marks[first], marks[name])]
+        rows[name] = {"quality": stat(marks[name]), f"{first} better by": stat(gains)}
+        for key in MEANS:
+            if key in reports[0]["rows"][name]:
+                cells = [report["rows"][name][key] for report in reports]
+                rows[name][key] = {"mean": statistics.mean(cell["mean"] for cell in cells),
+                                   "se": statistics.mean(cell["se"] for cell in cells)}
+        rows[name]["seeds"] = [report["rows"][name]["quality"]["mean"] for report in reports]
+    results.write(out, rows=rows, reports=reports)
+    print_table(rows, ["quality", f"{first} better by", *MEANS])
 
 
 # ---- Ways of giving a principle ------------------------------------------------------------------
@@ -134,5 +186,51 @@ def ways(model, principles, grader, recipe, out: Path):
     print_table(rows, ["y+", "yo", "y-", "accuracy", "y+ over yo"])
 
 
+# ---- Where can a model steer itself? -------------------------------------------------------------
+
+def write_world(name, out, count, seed):
+    """Write a world's files by its own program. Returns its grader."""
+    if name in form.WORLDS:
+        form.write(out, count, seed=seed, world=name)
+        return form.__file__
+    world = {"facts": facts, "code": code}[name]
+    world.write(out, count, seed=seed)
+    return world.__file__
+
+
+def worlds(model, recipe, out: Path, strong=None, names=",".join(TOKENS), count: int = 200):
+    """The preflight of a model on `count` queries of each world, with principles of several
+    writers."""
+    seed = recipe["run"]["seed"]
+    rows = {}
+    for name in names.split(","):
+        folder = out / name
+        critic, _ = evaluation.load_critic(grader=write_world(name, folder, count, seed))
+        own = change(recipe, responses={"max_new_tokens": TOKENS[name]})
+        plain = folder / "original.jsonl"
+        lab_arms.timed(generate.responses, model, folder / "queries.jsonl", plain, own,
+                       ("original",))
+        for writer, source in {"hand": folder / "principles.jsonl", "itself": model,
+                               "stronger": strong}.items():
+            if not source:
+                continue
+            principles = folder / writer / "principles.jsonl"
+            write = generate.principles
+            if writer == "hand":
+                write = generate.written
+            lab_arms.timed(write, source, plain, principles, own)
+            responses = folder / writer / "responses.jsonl"
+            lab_arms.timed(generate.responses, model, principles, responses, own, ("good", "bad"))
+            # p(.) costs as much as sampling, and varies less: a part of the queries will do.
+            row = evaluation.measure_pairs(responses, model, None, own, only=MEASURED)
+            row |= evaluation.measure_quality(read_jsonl(responses), sso.L, critic)
+            row["verdict"] = evaluation.verdict(row)
+            rows[f"{name}, {writer}"] = row
+            results.write(out / "report.json", weights=results.sha256(model), rows=rows,
+                          settings=own)
+    print_table(rows, ["y+", "yo", "y-", "accuracy", "y+ over yo", "p(chosen)", "p(original)",
+                       "p(rejected)", "verdict"])
+
+
 if __name__ == "__main__":
-    command.run(__doc__, base, arms, ways)
+    command.run(__doc__, base, arms, compare, ways, worlds)

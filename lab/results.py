@@ -1,5 +1,6 @@
 """A file in results/: numbers, and where they come from. And peak memory."""
 
+import hashlib
 import json
 import os
 import platform
@@ -29,6 +30,15 @@ def write(path, **numbers):
     origin = {"command": " ".join(["python", *sys.orig_argv[1:]]), "machine": machine,
               "commit": git.stdout.strip() or "unknown", "versions": versions}
     write_text(path, json.dumps(origin | numbers, indent=1) + "\n")
+
+
+def sha256(model):
+    """{name: SHA-256} of a checkpoint's files of weights."""
+    digests = {}
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def begin_peak():

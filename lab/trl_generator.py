@@ -26,7 +26,7 @@ from plumbing.records import UserError, as_lines, write_text
 LOSS_TYPES = {"dpo": "sigmoid", "ipo": "ipo"}       # base losses: TRL's names of them
 LOG_NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr",       # TRL's: ours
              "rewards/chosen": "chosen_rewards", "rewards/rejected": "rejected_rewards",
-             "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+             "rewards/margins": "margin", "rewards/accuracies": "reward_accuracy"}
 
 
 def make_config(out, settings):

@@ -1,11 +1,11 @@
 """Exercise 1: log-probabilities by hand. 30 minutes.
 
-A model reads a row of T token ids, [prompt | response], and gives logits (T, V): those at position t
-are about token t + 1. From them `response_logp` gives log π(y|x), the log-probability of the whole
-response in nats. `pair_logps` does it for many pairs at once, in rows of one length.
+A model reads T token ids, [prompt | response], and gives logits (T, V). Those at position t predict
+token t + 1. From them `response_logp` computes log π(y|x), the log-probability of the whole response
+in nats. `pair_logps` does this for many pairs at once, padded to one length.
 
-1. Write `response_logp`. Which positions are about a token of the response? Which one is about its
-   first token? Which are about nothing?
+1. Write `response_logp`. Which positions predict a token of the response? Which one predicts its
+   first token? Which predict nothing that is there?
 2. Write `pair_logps`, without a loop over tokens. Pad on the right. `sso.pair_logps` is the same
    for several pairs an example: look at it only when the tests are green.
 

@@ -1,14 +1,13 @@
 """Exercise 2: the loss before the first update. 30 minutes.
 
 The reference is the policy before its training. So at step zero the two are the same model, and
-L_base is known without any data: a number that every training should print, and that finds half of
-all bugs.
+L_base is known without any data. Every training should print this number. It finds half of all bugs.
 
 1. Write `expected_loss`. For DPO, -log σ(margin); for IPO, (margin - 1/(2β))². What is the margin?
 2. Write `what_is_wrong`. It sees the first line of a log.jsonl. Think first: what can each fault do
    to the rewards, β (log π_θ - log π_ref), and what to L_base?
 
-Hand in: this file; and a sentence on a fault that step zero cannot find.
+Hand in: this file, and a sentence on a fault that step zero cannot find.
 
     python -m pytest lessons -k 02
 """

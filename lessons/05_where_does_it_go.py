@@ -1,9 +1,9 @@
 """Exercise 5: where does y- go? 45 minutes, and once `python run.py`.
 
-Before step 3, the toy model's y- are mostly never said unasked: p(rejected) is about .3,
-p(original) about .7. (p is exp of the mean log-probability of a token, under the policy and without
-any principle.) Step 3 trains a generator by Eq. 1, with Eq. 4 or, instead, with Eq. 3 as its L-.
-Then it samples y- anew.
+Before step 3, the toy model would hardly ever give its y- to a plain query: p(rejected) is about .3,
+and p(original) about .7. (p is exp of the mean log-probability of a token, under the policy and
+without any principle.) Step 3 trains a generator by Eq. 1, with Eq. 4 or with Eq. 3 as its L-. Then
+the generator samples new y-.
 
 1. Predict first, from the rows of exercise 3, and write it down in PREDICTION: against the y- of the
    policy itself, is the generator's p(rejected) "higher", "lower" or "as it was" (within 0.1)?

@@ -63,7 +63,8 @@ class Progress:
         if self.checkpoint.exists():
             try:
                 state = torch.load(self.checkpoint, map_location=device)
-                model.load_state_dict(state["model"])
+                for name, parameter in self.trained():
+                    parameter.data.copy_(state["model"][name])
                 optimizer.load_state_dict(state["optimizer"])
                 self.step = state["step"]
             except Exception as error:          # of many kinds, as the file is broken
@@ -74,10 +75,14 @@ class Progress:
             lines = self.log_file.read_text().split("\n")[:self.step]
         write_text(self.log_file, "".join(line + "\n" for line in lines))
 
+    def trained(self):
+        """The names and the weights that training changes: all, or those of adapters."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
     def save(self):
         """Save what continuing needs. The order of the data and the reference follow from the
         settings."""
-        state = {"step": self.step, "model": self.model.state_dict(),
+        state = {"step": self.step, "model": dict(self.trained()),
                  "optimizer": self.optimizer.state_dict()}
         temporary = self.folder / "checkpoint.tmp"
         with uninterrupted():

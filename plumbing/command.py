@@ -15,13 +15,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 import sso
-from plumbing import memory
+from plumbing import memory, models
 from plumbing.recipes import PAPER, read_recipe, set_one
 from plumbing.records import UserError
 
 HELP = {
     "model": "chat model: checkpoint folder or Hugging Face id",
-    "recipe": "TOML file of settings and prompts",
     "queries": "JSONL file: a 'prompt' a line",
     "heldout": "JSONL file: queries of the report (default: a tenth of --queries)",
     "principles": "JSONL file: 'good_principle' and 'bad_principle' a line",
@@ -30,7 +29,6 @@ HELP = {
     "roles": "responses to sample (default: all)",
     "originals": "sample yo for the first N queries alone (default: for all)",
     "objective": "row of sso.PAIRS; policy is PBAA (default: sso)",
-    "base_loss": "L_base of both trainings",
     "rounds": "each starts from the policy before",
     "policy": "chat model under which p(.) is measured",
     "grader": "Python file with grade(query, response, finished), 0 to 1",
@@ -41,51 +39,45 @@ HELP = {
     "out": "what to write",
 }
 SETTINGS = PAPER.read_text(encoding="utf-8").partition("# Worked examples")[0].replace("%", "%%")
-CHOICES = {"roles": sso.COLUMNS, "objective": sso.PAIRS, "base_loss": sso.BASE_LOSSES}
-SEVERAL = ("files", "folders", "roles")
+CHOICES = {"roles": sso.COLUMNS, "objective": sso.PAIRS}
+SEVERAL = {"files": "+", "folders": "+", "roles": "+"}
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
-def add_flag(parser, parameter):
-    """A flag for a parameter of a command, required if it has no default; files and folders need no
-    flag. Its type is its annotation."""
-    name = parameter.name
-    options = {"help": HELP.get(name)}
-    if name in SEVERAL:
-        options["nargs"] = "+"
-    if name in ("files", "folders"):
+def add_flags(parser, function):
+    """A flag for each parameter of a command, required if it has no default; files and folders need
+    no flag. Its type is its annotation. A recipe can be changed by further flags."""
+    parameters = dict(inspect.signature(function).parameters)
+    if parameters.pop("recipe", None):
+        parser.add_argument("--recipe", help="TOML file of settings and prompts")
+        parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE",
+                            help="change a setting, as policy.lr=1e-6; may be repeated")
+        parser.add_argument("--seed", dest="set", action="append", metavar="SEED",
+                            type="run.seed={}".format, help="short for --set run.seed=SEED")
+        parser.epilog = SETTINGS
+    for name, parameter in parameters.items():
+        options = {"help": HELP.get(name), "choices": CHOICES.get(name),
+                   "nargs": SEVERAL.get(name), "type": function.__annotations__.get(name)}
+        if name not in ("files", "folders"):
+            options |= {"default": parameter.default,
+                        "required": parameter.default is parameter.empty}
+            name = f"--{name.replace('_', '-')}"
         parser.add_argument(name, **options)
-        return
-    if parameter.annotation is not parameter.empty:
-        options["type"] = parameter.annotation
-    if parameter.default is not parameter.empty:
-        options["default"] = parameter.default
-    elif name != "recipe":
-        options["required"] = True
-    parser.add_argument(f"--{name.replace('_', '-')}", choices=CHOICES.get(name), **options)
+    parser.set_defaults(function=function)
 
 
 def parse(description, functions, default_recipe):
     """The function that the command line names, and its arguments."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    if len(functions) > 1:
+    style = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=description, **style)
+    if len(functions) == 1:
+        add_flags(parser, functions[0])
+    else:
         subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for function in functions:
-        command = parser
-        if len(functions) > 1:
-            command = subparsers.add_parser(function.__name__, allow_abbrev=False,
-                                            help=function.__doc__.split("\n")[0])
-        for parameter in inspect.signature(function).parameters.values():
-            add_flag(command, parameter)
-        if "recipe" in inspect.signature(function).parameters:
-            command.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE",
-                                 help="change a setting, as policy.lr=1e-6; may be repeated")
-            command.add_argument("--seed", help="short for --set run.seed=SEED")
-            command.epilog = SETTINGS
-            command.formatter_class = argparse.RawDescriptionHelpFormatter
-        command.set_defaults(function=function)
+        for function in functions:
+            title = function.__doc__.split("\n")[0]
+            add_flags(subparsers.add_parser(function.__name__, help=title, **style), function)
     args = vars(parser.parse_args())
     function = args.pop("function")
     for name, parameter in inspect.signature(function).parameters.items():
@@ -93,11 +85,10 @@ def parse(description, functions, default_recipe):
         if isinstance(args[name], int) and args[name] < least:
             raise UserError(f"--{name.replace('_', '-')} is at least {least}")
     if "recipe" in args:
-        recipe = read_recipe(args["recipe"] or default_recipe(args))
-        seed = args.pop("seed")
-        for text in args.pop("set") + [f"run.seed={seed}"] * (seed is not None):
-            set_one(recipe, text)
-        args["recipe"] = recipe
+        args["recipe"] = read_recipe(args["recipe"] or default_recipe(args))
+        for text in args.pop("set"):
+            set_one(args["recipe"], text)
+        models.bf16_on_cpu = bool(args["recipe"]["run"]["bf16_on_cpu"])
     return function, args
 
 
@@ -147,10 +138,9 @@ def run(description, *functions, default_recipe=lambda args: None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         function, args = parse(description, functions, default_recipe)
-        lock = contextlib.nullcontext()
-        if "out" in args:
-            lock = locked(args["out"])
-        with lock:
+        with contextlib.ExitStack() as stack:
+            if "out" in args:
+                stack.enter_context(locked(args["out"]))
             function(**args)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command continues where it stopped")

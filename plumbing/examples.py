@@ -3,16 +3,17 @@
 from collections import Counter
 
 import sso
-from plumbing.records import UserError, read_jsonl
+from plumbing.records import UserError, for_each, read_jsonl
 
 CUT_TOO_OFTEN = 0.1
 
 
 def teaches_nothing(pairs):
     """Why the pairs of a record are skipped in training, or None. An equal pair has no gradient."""
-    if not all(pair.winner.text.strip() and pair.loser.text.strip() for pair in pairs):
+    texts = [(pair.winner.text.strip(), pair.loser.text.strip()) for pair in pairs]
+    if not all(map(all, texts)):
         return "empty response"
-    if all(pair.winner.text.strip() == pair.loser.text.strip() for pair in pairs):
+    if all(winner == loser for winner, loser in texts):
         return "chosen equals rejected"
     return None
 
@@ -27,12 +28,12 @@ def counts(records):
         if finished:
             cut[role] = 1 - sum(finished) / len(finished)
     skipped = Counter()
+    fixed = Counter()
     for record in records:
         if isinstance(record.get("chosen"), list) and isinstance(record.get("rejected"), list):
             skipped[teaches_nothing(sso.preference_pairs(record, "policy"))] += 1
-    fixed = Counter(record.get("fallback") for record in records)
-    for found in (skipped, fixed):
-        del found[None]
+        fixed[record.get("fallback")] += 1
+    del skipped[None], fixed[None]
     return {"cut off": cut, "skipped": dict(skipped), "principles": dict(fixed)}
 
 
@@ -53,25 +54,25 @@ def without_end(chat, response):
     end = chat.tokenizer.decode([chat.end_id])
     text = response.text.rstrip()
     if text.endswith(end):
-        response = response._replace(text=text.removesuffix(end).rstrip())
+        return response._replace(text=text.removesuffix(end).rstrip())
     return response
 
 
 def encode_record(record, objective, chat, max_length, prompts=sso.PROMPTS):
     """(R pairs of token ids, None), or (None, why the record is skipped). ValueError if it lacks
     something."""
+    turns = [turn for turn in record["prompt"] if turn["role"] != "system"]
     for roles in sso.PAIRS[objective].values():
         for column in (sso.COLUMNS[roles.winner], sso.COLUMNS[roles.loser]):
             if column not in record:
                 raise ValueError(f"a record without {column!r}, needed for objective {objective!r}")
-            turns = [turn for turn in record["prompt"] if turn["role"] != "system"]
             if record[column][:-1] not in ([], turns, record["prompt"]):
                 raise ValueError(f"the messages before the last one of {column!r} are not the "
                                  "prompt")
     pairs = []
     for pair in sso.preference_pairs(record, objective, prompts):
-        pairs.append(sso.Pair(pair.prompt, without_end(chat, pair.winner),
-                              without_end(chat, pair.loser)))
+        pairs.append(pair._replace(winner=without_end(chat, pair.winner),
+                                   loser=without_end(chat, pair.loser)))
     reason = teaches_nothing(pairs)
     if reason:
         return None, reason
@@ -90,17 +91,16 @@ def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=
     examples = []
     skipped = Counter()
     records = read_jsonl(path)[:limit]
-    inside = chat.tokenizer.inside
-    held = [text for text in (record["prompt"][-1]["content"] for record in records)
-            if inside.search(text)]
+    queries = [record["prompt"][-1]["content"] for record in records]
+    held = list(filter(chat.tokenizer.inside.search, queries))
     if held:
         print(f"warning: {path}: {len(held)} prompts hold control tokens of the model, as in "
               f"{held[0][:40]!r}. They are read as plain text: give prompts without their template")
-    for number, record in enumerate(records, 1):
-        try:
-            example, reason = encode_record(record, objective, chat, max_length, prompts)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+
+    def encode(record):
+        return encode_record(record, objective, chat, max_length, prompts)
+
+    for example, reason in for_each(f"{path}, line", encode, records):
         if example:
             examples.append(example)
         else:
@@ -118,8 +118,8 @@ def read_responses(records, role, chat, max_length, prompts=sso.PROMPTS):
         if sso.COLUMNS[role] in record:
             response = without_end(chat, sso.record_response(record, role))
             pair = sso.Pair(sso.role_messages("original", record, prompts), response, response)
-            prompt, ids, _ = sso.encode_pair(chat.tokenizer, chat.end_id, pair,
-                                             min(max_length, chat.context))
+            room = min(max_length, chat.context)
+            prompt, ids, _ = sso.encode_pair(chat.tokenizer, chat.end_id, pair, room)
             if ids:
                 examples.append([sso.Pair(prompt, ids, ids[:1])])
     return examples

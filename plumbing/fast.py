@@ -14,6 +14,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import sso
@@ -28,53 +29,37 @@ PROMPT, WINNER, LOSER, PADDING = range(4)       # segments of a row
 
 def make_rows(pairs, pad_id):
     """N pairs (prompt, winner, loser) of token ids as rows [prompt | winner | loser | padding]:
-    input_ids, position_ids, segments (N, T) each. And of their K response tokens, each winner
-    before its loser, row by row: the places in (N·T,) that predict them (K,), the tokens (K,), and
-    how many each response has, 2N numbers."""
-    width = max(sum(map(len, pair)) for pair in pairs)
-    input_ids = torch.full((len(pairs), width), pad_id)
-    position_ids = torch.zeros_like(input_ids)
-    segments = torch.full_like(input_ids, PADDING)
-    sources = []
-    targets = []
-    lengths = []
-    for row, (prompt, winner, loser) in enumerate(pairs):
-        start = row * width
-        fork = len(prompt)
-        split = fork + len(winner)
-        end = split + len(loser)
-        input_ids[row, :end] = torch.tensor(prompt + winner + loser)
-        position_ids[row, :split] = torch.arange(split)
-        position_ids[row, split:end] = torch.arange(fork, fork + len(loser))
-        segments[row, :fork] = PROMPT
-        segments[row, fork:split] = WINNER
-        segments[row, split:end] = LOSER
-        # The prompt's last token predicts the first token of both responses.
-        sources += range(start + fork - 1, start + split - 1)
-        sources += [start + fork - 1, *range(start + split, start + end - 1)]
-        targets += winner + loser
-        lengths += [len(winner), len(loser)]
-    return input_ids, position_ids, segments, torch.tensor(sources), torch.tensor(targets), lengths
+    input_ids, position_ids, segments, and sources, the places in (N·T,) of the tokens that predict
+    each; (N, T) each."""
+    lengths = torch.tensor([list(map(len, pair)) for pair in pairs])                # (N, 3)
+    fork, split, end = lengths.cumsum(1).T[:, :, None]      # where parts end, (N, 1) each
+    place = torch.arange(end.max())                                                 # (T,)
+    segments = (place >= fork).long() + (place >= split) + (place >= end)           # (N, T)
+    position_ids = torch.where(segments == LOSER, place - split + fork, place)
+    position_ids = position_ids.masked_fill(segments == PADDING, 0)
+    # A token is predicted by the one before it; the loser's first one by the prompt's last one.
+    sources = torch.where(place == split, fork, place) - 1
+    sources = sources + len(place) * torch.arange(len(pairs))[:, None]
+    rows = [torch.tensor(prompt + winner + loser) for prompt, winner, loser in pairs]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    return input_ids, position_ids, segments, sources
 
 
 def make_mask(segments, dtype):
     """What each token sees of its row, (N, 1, T, T): 0 for the prompt and its own response up to
     itself, else a number so low that the softmax makes it 0."""
-    width = segments.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
     seen = segments[:, None, :]
     seeing = segments[:, :, None]
-    visible = causal & ((seen == PROMPT) | (seen == seeing))                        # (N, T, T)
-    hidden = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=segments.device)
-    return hidden.masked_fill(visible, 0.0)[:, None]
+    visible = ((seen == PROMPT) | (seen == seeing)).tril()                          # (N, T, T)
+    return ((~visible).to(dtype) * torch.finfo(dtype).min)[:, None]
 
 
 def pair_logps(model, examples, pad_id):
     """log π(y|x), in nats, of every response of B examples, each R pairs of token ids; and its
     number of tokens: two (2, R, B)."""
     pairs = sum(examples, [])
-    *tensors, lengths = make_rows(pairs, pad_id)
-    input_ids, position_ids, segments, sources, targets = (t.to(model.device) for t in tensors)
+    tensors = make_rows(pairs, pad_id)
+    input_ids, position_ids, segments, sources = (tensor.to(model.device) for tensor in tensors)
     dtype = model.dtype
     kind = model.device.type
     if torch.is_autocast_enabled(kind):
@@ -82,13 +67,15 @@ def pair_logps(model, examples, pad_id):
     # A cache or a 2-D mask would make transformers ignore this layout, without a word.
     output = model.base_model(input_ids=input_ids, position_ids=position_ids,
                               attention_mask=make_mask(segments, dtype), use_cache=False)
-    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, sources)        # (K, D)
+    responses = torch.stack([segments == WINNER, segments == LOSER])                # (2, N, T)
+    is_response = responses.any(0)                                                  # (N, T)
+    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, sources[is_response])   # (K, D)
     head = model.get_output_embeddings().weight                                     # (V, D)
-    logps = token_logps(hidden, head, targets)                                      # (K,)
-    sums = torch.stack([response.sum() for response in logps.split(lengths)])       # (2N,)
-    counts = torch.tensor(lengths, device=logps.device)                             # (2N,)
-    shape = (len(examples), len(examples[0]), 2)        # example by example, winner before loser
-    return sums.view(shape).permute(2, 1, 0), counts.view(shape).permute(2, 1, 0)
+    logps = token_logps(hidden, head, input_ids[is_response])                       # (K,)
+    logps = logps.new_zeros(segments.shape).masked_scatter(is_response, logps)      # (N, T)
+    shape = (2, len(examples), len(examples[0]))        # rows are example by example
+    sums = (logps * responses).sum(2).view(shape)                                   # (2, B, R)
+    return sums.mT, responses.sum(2).view(shape).mT
 
 
 # ---- Logits, a chunk at a time -------------------------------------------------------------------
@@ -97,7 +84,11 @@ def token_logps(hidden, head, targets):
     """log p of K target tokens, (K,) in nats, from hidden states (K, D) and the output head (V, D).
 
     With a vocabulary of 151,936, logits (K, V) would outweigh the model. They exist a chunk at a
-    time, and are computed again in the backward pass."""
+    time, and are computed again in the backward pass. In fp32 torch does it, from 2.13 on: it needs
+    one gradient of the head in all, and not one a chunk. autocast does not know its function."""
+    if not torch.is_autocast_enabled(hidden.device.type) and hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
+        return -F.linear_cross_entropy(hidden, head, targets, reduction="none", options=options)
     chunks = []
     for states, tokens in zip(hidden.split(CHUNK), targets.split(CHUNK)):
         chunks.append(checkpoint(chunk_logps, states, head, tokens, use_reentrant=False))

@@ -1,9 +1,10 @@
 """A record as people have it, as a record of ours: a prompt and responses, lists of messages."""
 
 ROLES = ("system", "user", "assistant")
-PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")      # of Alpaca, Orca, ...
+PROMPT_NAMES = ("instruction", "question", "query", "input")        # of Alpaca, Orca, ...
 CONTEXT_NAMES = ("input", "context")        # the second half of a prompt: Alpaca's, Dolly's
-CONVERSATIONS = ("messages", "conversation")        # with the answer: UltraFeedback, WildChat
+# Conversations with the answer: UltraFeedback, WildChat; TRL's "implicit prompt".
+CONVERSATIONS = ("messages", "conversation", "chosen")
 
 # Formats that do not fit: a column that gives one away, its name, and Python that makes a record r
 # fit.
@@ -21,11 +22,10 @@ FOREIGN = {
     "helpfulness": ("HelpSteer", "it has ratings, no pairs: of two records with one prompt, the "
                     "response of the higher helpfulness becomes 'chosen', the other 'rejected'"),
 }
-HH_SIGN = "\n\nHuman:"
 HH = ("the text format of HH-RLHF; for each record r: r['prompt'] = r['chosen'].rpartition("
       "'\\n\\nAssistant:')[0].removeprefix('\\n\\nHuman:').strip(); for c in ('chosen', "
-      "'rejected'): r[c] = r[c].rpartition('\\n\\nAssistant:')[2].strip()   (of several turns, make a list of "
-      "messages)")
+      "'rejected'): r[c] = r[c].rpartition('\\n\\nAssistant:')[2].strip()   (of several turns, "
+      "make a list of messages)")
 
 
 def unify(record, columns):
@@ -39,19 +39,16 @@ def unify(record, columns):
     for sign, (name, line) in FOREIGN.items():
         if sign in record and not {"prompt", *columns[:1]} <= record.keys():
             raise ValueError(f"a record in the format of {name}; for each record r: {line}")
-    if "prompt" not in record and str(record.get("chosen")).startswith(HH_SIGN):
-        raise ValueError(f"'chosen' is in {HH}")
     for column in ("prompt", *columns):
         if column in record:
             record[column] = as_messages(column, record[column])
-    heads = [record[column][0] for column in columns if column in record]
-    if "prompt" in record and ("system" in record or any(m["role"] == "system" for m in heads)):
-        move_system(record, heads)
+    if "prompt" in record:
+        add_system(record, [record[column][0] for column in columns if column in record])
 
 
 def find_prompt(record):
     """Find the prompt under the names that other tools give it."""
-    for name in PROMPT_NAMES[1:]:
+    for name in PROMPT_NAMES:
         if name in record:
             for other in CONTEXT_NAMES:
                 if other != name and record.get(other):
@@ -59,74 +56,62 @@ def find_prompt(record):
             record["prompt"] = record[name]
             return
     for name in CONVERSATIONS:
-        if isinstance(record.get(name), list):
-            record["prompt"] = before_the_answer(record[name])
+        messages = record.get(name)
+        if messages and isinstance(messages, list):
+            answered = isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
+            record["prompt"] = messages[:-1] if answered else messages
             return
-    if isinstance(record.get("chosen"), list):
-        record["prompt"] = record["chosen"][:-1]                # TRL's "implicit prompt"
-
-
-def before_the_answer(messages):
-    """A conversation up to its last turn of the assistant."""
-    roles = [message.get("role") for message in messages if isinstance(message, dict)]
-    if "assistant" not in roles:
-        return messages
-    return messages[:len(roles) - 1 - roles[::-1].index("assistant")]
 
 
 def as_messages(column, value):
     """A prompt or a response as a list of chat messages; a text becomes one message."""
+    wanted = "user" if column == "prompt" else "assistant"
     if isinstance(value, str):
-        role = "user" if column == "prompt" else "assistant"
-        value = [{"role": role, "content": value}]
+        value = {"role": wanted, "content": value}
     if isinstance(value, dict):
         value = [value]
-    if not value or not isinstance(value, list):
-        raise ValueError(f"{column!r} is neither a text nor a list of messages")
     messages = []
-    for message in value:
-        if isinstance(message, dict) and "from" in message:
-            raise ValueError(f"{column!r} is in the format of ShareGPT: rename 'from' and 'value' "
-                             "to 'role' and 'content', human to user, gpt to assistant")
-        content = isinstance(message, dict) and message.get("content")
-        if isinstance(content, list):
-            content = joined(column, content)
-        if not isinstance(content, str) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{column!r} is neither a text nor a list of messages")
-        if message["role"] not in ROLES:
-            raise ValueError(f"{column!r} has a message of role {message['role']!r}; known are "
-                             f"{', '.join(ROLES)}")
-        messages.append({"role": message["role"], "content": content})
-    last = messages[-1]
+    try:
+        for message in value:
+            role = message["role"]
+            if role not in ROLES:
+                raise ValueError(f"{column!r} has a message of role {role!r}; known are "
+                                 f"{', '.join(ROLES)}")
+            messages.append({"role": role, "content": text_of(column, message["content"])})
+        last = messages[-1]
+    except (LookupError, TypeError):
+        raise ValueError(f"{column!r} is neither a text nor a list of messages (ShareGPT: rename "
+                         "'from' and 'value' to 'role' and 'content', human to user, gpt to "
+                         "assistant)") from None
     if column == "prompt" and not last["content"].strip():
         raise ValueError("the last message of 'prompt' is empty")
-    wanted = "user" if column == "prompt" else "assistant"
     if last["role"] != wanted:
         raise ValueError(f"the last message of {column!r} is of the {last['role']}; it has to be "
                          f"of the {wanted}")
-    if last["content"].startswith(HH_SIGN):
+    if last["content"].startswith("\n\nHuman:"):
         raise ValueError(f"{column!r} is in {HH}")
     return messages
 
 
-def joined(column, parts):
-    """The text of a message in parts. ValueError if one of them is no text."""
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"{column!r} has a part of type {kind!r}; a message is text alone")
-    return "".join(part["text"] for part in parts)
+def text_of(column, content):
+    """The text of a message, which may be in parts. ValueError if one of them is no text."""
+    if isinstance(content, list):
+        for part in content:
+            if part["type"] != "text":
+                raise ValueError(f"{column!r} has a part of type {part['type']!r}; a message is "
+                                 "text alone")
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise TypeError
+    return content
 
 
-def move_system(record, heads):
-    """Put a system message before the prompt: of the column 'system', or the one with which all
-    responses begin; `heads` are their first messages."""
-    prompt = record["prompt"]
-    system = record.get("system")
-    if isinstance(system, str) and system.strip() and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": system}] + prompt
-    if heads and heads[0]["role"] == "system" and heads.count(heads[0]) == len(heads):
-        if prompt[0] != heads[0]:
-            prompt = heads[:1] + prompt
-    record["prompt"] = prompt
-    record.pop("system", None)
+def add_system(record, firsts):
+    """Put a system message before a prompt without one: of the column 'system', or the one with
+    which all responses begin; `firsts` are their first messages."""
+    system = record.pop("system", None)
+    if isinstance(system, str) and system.strip():
+        firsts = [{"role": "system", "content": system}]
+    if firsts and firsts[0]["role"] == "system" and firsts.count(firsts[0]) == len(firsts):
+        if record["prompt"][0]["role"] != "system":
+            record["prompt"] = firsts[:1] + record["prompt"]

@@ -30,22 +30,20 @@ def group_bytes():
     """What the limits of control groups leave, from this process's own up to the root: a job's may
     be nested in its container's."""
     left = []
-    top = ROOT / "sys/fs/cgroup"
     own = ROOT / "proc/self/cgroup"
     if not own.exists():
         return left
     for line in own.read_text().splitlines():
-        _, controllers, place = line.split(":", 2)
-        folder = top / controllers / place.lstrip("/")      # version 2 has no controllers there
-        while top in (folder, *folder.parents):
+        _, controllers, place = line.split(":", 2)      # version 2 has no controllers there
+        folder = ROOT / "sys/fs/cgroup" / controllers / place.lstrip("/")
+        for group in (folder, *folder.parents):
             for limit, used in GROUPS.items():
-                if (folder / limit).exists() and (folder / limit).read_text().strip() != "max":
-                    most, now = (int((folder / name).read_text()) for name in (limit, used))
+                with contextlib.suppress(OSError, ValueError):      # no such file; "max"
+                    room = int((group / limit).read_text()) - int((group / used).read_text())
                     # The cache of files is given back.
-                    files = re.findall(r"^(?:in)?active_file (\d+)", (folder / "memory.stat")
-                                       .read_text(), re.MULTILINE)
-                    left.append(most - now + sum(map(int, files)))
-            folder = folder.parent
+                    files = re.findall(r"^(?:in)?active_file (\d+)",
+                                       (group / "memory.stat").read_text(), re.MULTILINE)
+                    left.append(room + sum(map(int, files)))
     return left
 
 
@@ -57,8 +55,9 @@ def free_bytes():
     if torch.cuda.is_available():
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + kept
-    if (ROOT / "proc/meminfo").exists():
-        found = re.search(r"MemAvailable: +(\d+)", (ROOT / "proc/meminfo").read_text())
+    meminfo = ROOT / "proc/meminfo"
+    if meminfo.exists():
+        found = re.search(r"MemAvailable: +(\d+)", meminfo.read_text())
         return min([1024 * int(found[1]), *group_bytes()])
     if hasattr(os, "sysconf"):          # macOS does not say what is free: half of what there is
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
@@ -76,14 +75,17 @@ def token_bytes(chat, example, recompute):
     """What a padded token keeps until the backward pass. Measured over one forward pass of an
     example, cut to 1,024 tokens a row."""
     short = [sso.Pair(pair.prompt[:512], pair.winner[:256], pair.loser[:256]) for pair in example]
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor,
-                                                  lambda tensor: tensor):
+    kept = {}       # {place: bytes}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logps, _ = chat.pair_logps(chat.model, [short], chat.pad_id)
-    own = {parameter.untyped_storage().data_ptr() for parameter in chat.model.parameters()}
-    storages = [tensor.untyped_storage() for tensor in saved]
-    kept = {storage.data_ptr(): storage.nbytes() for storage in storages
-            if storage.data_ptr() not in own}
+    for parameter in chat.model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
     total = sum(kept.values())
     config = chat.model.config.get_text_config()
     if recompute:       # then only the inputs of all layers are kept, and what one layer keeps
@@ -96,24 +98,26 @@ def token_bytes(chat, example, recompute):
 def plan(chat, examples, settings):
     """Settle settings["micro_batch_tokens"], where 0 stands for what fits, and print what goes
     where. UserError if not even the longest example fits."""
+    weights = trained = 0           # bytes
     for parameter in chat.model.parameters():
         # Weights may be pages of their file, which pass for free until the first update.
         parameter.data = parameter.data.clone()
-    weights = sum(parameter.nbytes for parameter in chat.model.parameters())
+        weights += parameter.nbytes
+        trained += parameter.nbytes * parameter.requires_grad
     longest = max(examples, key=padded)
     least = padded(longest)
     each = token_bytes(chat, longest, settings["recompute_layers"])
     # Weights, gradients, AdamW's two states; gradients of embedding and head; on CUDA also the
     # weights in bf16.
-    fixed = 4 * weights + 4 * chat.model.get_input_embeddings().weight.nbytes
+    embedding = chat.model.get_input_embeddings().weight
+    fixed = weights + 3 * trained + 4 * embedding.nbytes * embedding.requires_grad
     fixed += torch.cuda.is_available() * weights // 2
     gc.collect()
     free = free_bytes() + weights
     room = SHARE * free - fixed
-    budget = settings["micro_batch_tokens"]
-    if not budget:
-        budget = max(least, int(min(MOST, room / each)) // 256 * 256)
-        settings["micro_batch_tokens"] = budget
+    fitting = max(least, int(min(MOST, room / each)) // 256 * 256)
+    budget = settings["micro_batch_tokens"] or fitting
+    settings["micro_batch_tokens"] = budget
     print(f"memory: {fixed / 1e9:.3g} GB for weights, gradients and AdamW, "
           f"{budget * each / 1e9:.3g} GB for activations of micro-batches of {budget:,} tokens; "
           f"{free / 1e9:.3g} GB are free")
@@ -128,10 +132,10 @@ def plan(chat, examples, settings):
 def micro_batches(examples, indices, budget):
     """Split `indices` into groups whose rows in plumbing/fast.py hold at most `budget` padded
     tokens (those of the plain form up to twice as many). Examples of like length come together."""
-    groups = [[]]
+    groups = []
     for i in sorted(indices, key=lambda i: padded(examples[i])):
         # The last one of a group is its widest.
-        if groups[-1] and (len(groups[-1]) + 1) * padded(examples[i]) > budget:
+        if not groups or (len(groups[-1]) + 1) * padded(examples[i]) > budget:
             groups.append([])
         groups[-1].append(i)
     return groups
@@ -150,7 +154,7 @@ def in_micro_batches(function, model, examples, indices, settings):
         budget = settings["micro_batch_tokens"] or MOST
         try:
             return [function(group) for group in micro_batches(examples, indices, budget)]
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             if not ran_out(error):
                 raise
         # Only behind that block are the tensors of its frames given back.

@@ -17,6 +17,7 @@ from plumbing.records import UserError
 
 logging.disable_progress_bar()
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+bf16_on_cpu = False         # the setting of this name, which plumbing/command.py puts here
 FRESH = {AutoModelForSequenceClassification: ("score",)}    # the head of a reward model to be
 QUERY = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "zebra"}
@@ -199,8 +200,10 @@ def choose_logps(chat, logps):
 def precision():
     """Of matrix products: bf16 on a card with units for it (compute capability 8, A100 or later).
     On an older one, such as a T4, fp32: its fp16 ends at 65,504, and gradients below 6e-8 vanish in
-    it, so that training would need its loss scaled."""
+    it, so that training would need its loss scaled. On a CPU as the recipe's run.bf16_on_cpu says."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if device.type == "cpu" and bf16_on_cpu:
         return torch.bfloat16
     return torch.float32
 

@@ -4,6 +4,7 @@ Under its final name an output is complete. While it grows it is called OUT.part
 OUT.args.json notes its settings and its inputs: a command with others refuses to touch it.
 """
 
+import functools
 import hashlib
 import json
 from multiprocessing.pool import ThreadPool
@@ -13,25 +14,28 @@ from tqdm import tqdm
 
 from plumbing.records import UserError, as_lines, read_json, write_text
 
-NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile", "logps")  # but for rounding
-MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*", "*.jinja", "*.model", "vocab*",
-               "merges*", "special_tokens*", "generation_config.json")
+# But for rounding.
+NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile", "logps", "bf16_on_cpu")
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 ENOUGH = 16     # failures: with so many a command ends
-HASHES = {}     # of files, by place, size and time: a large one is read once
+
+
+@functools.cache        # by place, size and time: a large file is read once
+def hash_of(path, size, time):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def fingerprint(path):
     """A hash of a data file, or of a checkpoint's weights, settings and tokenizer."""
-    parts = {Path(path)}
+    parts = [Path(path)]
     if Path(path).is_dir():
-        parts = set().union(*(Path(path).glob(pattern) for pattern in MODEL_FILES))
+        parts = [part for part in Path(path).iterdir() if part.suffix in MODEL_FILES]
     digest = hashlib.sha256()
     for part in sorted(parts):
-        key = (part.resolve(), part.stat().st_size, part.stat().st_mtime_ns)
-        if key not in HASHES:
-            with part.open("rb") as file:
-                HASHES[key] = hashlib.file_digest(file, "sha256").digest()
-        digest.update(part.name.encode() + HASHES[key])
+        state = part.stat()
+        content = hash_of(part.resolve(), state.st_size, state.st_mtime_ns)
+        digest.update(part.name.encode() + content)
     return digest.hexdigest()[:12]
 
 
@@ -53,33 +57,27 @@ class Output:
         """What it was made with that is not as it is now, in words, or None."""
         before = read_json(self.note_path)
         for key in self.note | before:
-            old = repr(before.get(key))
-            new = repr(self.note.get(key))
+            old = before.get(key)
+            new = self.note.get(key)
             if old != new:
-                return f"{key} = {old[:80]}, not {new[:80]}"
+                return f"{key} = {old!r:.80}, not {new!r:.80}"
 
-    def is_complete(self):
-        """Whether it is there. UserError if it, or its beginning, was made from something else."""
+    def is_complete(self, remake=False):
+        """Whether it is there. UserError if it, or its beginning, was made from something else;
+        to `remake` it then, it counts as not there."""
         begun = [path for path in (self.path, self.partial) if path.is_file() or
                  path.is_dir() and any(path.iterdir())]         # an empty folder is none
         if not begun:
             return False
         if not self.note_path.exists():
             raise UserError(f"{begun[0]} exists and was not made by this command; choose another "
-                            "--out")
+                            "--out, or move or delete it")
         difference = self.difference()
-        if difference:
-            names = ", ".join(str(path) for path in (*begun, self.note_path))
+        if difference and not remake:
+            names = ", ".join(map(str, (*begun, self.note_path)))
             raise UserError(f"{self.path} was made with {difference}: choose another --out, or "
                             f"delete {names} to make it again")
-        return self.path in begun
-
-    def is_current(self):
-        """Whether it is there and made from what it would be made from now. UserError if another
-        program made it."""
-        if self.path.exists() and not self.note_path.exists():
-            raise UserError(f"{self.path} was not made by this command; move or delete it")
-        return self.path.exists() and not self.difference()
+        return self.path in begun and not difference
 
     def write_note(self):
         """To be called once the inputs have proved good, before anything else is written."""
@@ -91,19 +89,18 @@ class Output:
 def read_partial(path):
     """{index: record} of a partial file, one batch a line. A last line that was cut off goes."""
     done = {}
-    lines = []
-    if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    path.touch()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     try:
         for line in lines:
             done |= {int(i): record for i, record in json.loads(line).items()}
     except (ValueError, AttributeError):
         raise UserError(f"{path}: not what this command began; delete it") from None
-    write_text(path, "".join(line + "\n" for line in lines))
+    write_text(path, "\n".join([*lines, ""]))
     return done
 
 
-def grow(out, records, make, batch_size, workers=1):
+def grow(out, records, make, batch_size, workers):
     """Make a record from each of `records` by `make(indices) -> (new records, tokens)`, a batch at
     a time; with several workers, which wait for a server, so many batches at once. Writes them to
     OUT in the order of `records`, and returns them. Continues OUT.partial, where a batch is a line,
@@ -119,35 +116,34 @@ def grow(out, records, make, batch_size, workers=1):
 
     def attempt(batch):
         try:
-            return batch, *make(batch)
+            made, tokens = make(batch)
+            return dict(zip(batch, made)), tokens
         except UserError as error:
-            return batch, error, 0
+            failures.append(error)
+            return {}, 0
 
     with partial.open("a", encoding="utf-8") as file, bar, ThreadPool(workers) as pool:
         results = map(attempt, batches)
         if workers > 1:
             results = pool.imap_unordered(attempt, batches)
-        for batch, made, new_tokens in results:
-            if isinstance(made, UserError):
-                failures.append(made)
-                if len(failures) == ENOUGH:
-                    break
-                continue
-            made = dict(zip(batch, made))
-            done |= made
-            file.write(as_lines([made]))
-            file.flush()
-            tokens += new_tokens
-            speed = tokens / max(1e-9, bar.format_dict["elapsed"])
-            bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-            bar.update(len(batch))
+        for made, new_tokens in results:
+            if len(failures) >= ENOUGH:
+                break
+            if made:
+                done |= made
+                file.write(as_lines([made]))
+                file.flush()
+                tokens += new_tokens
+                speed = tokens / max(1e-9, bar.format_dict["elapsed"])
+                bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+                bar.update(len(made))
     if failures:
         raise UserError(f"{len(records) - len(done)} of {len(records)} records are not made yet; "
                         f"the first failure: {failures[0]}; the same command asks for these alone")
-    in_order = [done[i] for i in range(len(records))]
-    write_text(out, as_lines(in_order))
+    records = [done[i] for i in range(len(records))]
+    write_text(out, as_lines(records))
     partial.unlink()
-    return in_order
+    return records
 
 
 def write_queries(out, folders, queries, heldout, settings, inputs):
@@ -159,11 +155,9 @@ def write_queries(out, folders, queries, heldout, settings, inputs):
     for number, folder in enumerate(folders):
         parts[folder / "queries.jsonl"] = queries[number::len(folders)]
     settings = settings | {"rounds": len(folders)}
-    inputs = {name: path for name, path in inputs.items() if path}
     outputs = [Output(path, settings, inputs) for path in parts]
     # All are looked at before one is made.
-    there = [output.is_complete() for output in outputs]
-    for output, is_there, records in zip(outputs, there, parts.values()):
-        if not is_there:
-            output.write_note()
-            write_text(output.path, as_lines([{"prompt": record["prompt"]} for record in records]))
+    for output in [output for output in outputs if not output.is_complete()]:
+        queries = [{"prompt": record["prompt"]} for record in parts[output.path]]
+        output.write_note()
+        write_text(output.path, as_lines(queries))

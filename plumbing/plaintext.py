@@ -8,7 +8,7 @@ import jinja2
 
 from plumbing.records import UserError
 
-CUTS = [chr(code) for code in range(0xE000, 0xF8FF)]    # private characters: no text has them all
+CUT = "\ud800"          # half of a surrogate pair: no text that was read has one
 THINKING = ("<think>", "</think>")      # an assistant's own, which the template reads
 PROBES = ("zebra", "A", "I see", "42 is it.")
 # Some templates have today's date: steps of two days would differ.
@@ -41,37 +41,36 @@ class PlainText:
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 
-    def read(self, text, cut):
+    def cut(self, text, role="assistant"):
+        """A text of a role with a cut inside of everything in it that spells a special token."""
+        inside = self.inside
+        if role == "assistant":
+            inside = self.inside_answers
+        return inside.sub(CUT, text)
+
+    def read(self, text):
         ids = []
-        for part in text.split(cut):
+        for part in text.split(CUT):
             ids += self.tokenizer(part, add_special_tokens=False).input_ids
         return ids
 
     def __call__(self, text, add_special_tokens=False):
         """The ids of an assistant's text, as they stand behind the text `before`."""
-        cut = next(cut for cut in CUTS if cut not in text)
-        skipped = len(self.read(self.before, cut))
-        ids = self.read(self.before + self.inside_answers.sub(cut, text), cut)
-        return SimpleNamespace(input_ids=ids[skipped:])
+        ids = self.read(self.before + self.cut(text))
+        return SimpleNamespace(input_ids=ids[len(self.read(self.before)):])
 
     def decode_response(self, ids):
         """The text of an assistant's ids, as they stand behind the text `before`."""
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        before = self.read(self.before, CUTS[0])
+        before = self.read(self.before)
         text = self.tokenizer.decode(before + ids, **options)
         return text[len(self.tokenizer.decode(before, **options)):]
 
-    def apply_chat_template(self, messages, tokenize=True, return_dict=False, **options):
+    def apply_chat_template(self, messages, tokenize=True, **options):
         """The ids of a conversation; its text if not `tokenize`. UserError if the template refuses
         it, or leaves its system message out."""
-        texts = "".join(message["content"] for message in messages)
-        cut = next(cut for cut in CUTS if cut not in texts)
-        safe = []
-        for message in messages:
-            inside = self.inside
-            if message["role"] == "assistant":
-                inside = self.inside_answers
-            safe.append(message | {"content": inside.sub(cut, message["content"])})
+        safe = [message | {"content": self.cut(message["content"], message["role"])}
+                for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 safe, tokenize=False, **options,
@@ -81,14 +80,14 @@ class PlainText:
             raise UserError(f"the model's chat template refuses messages of {roles} ({error}); a "
                             "recipe can put principles into the user's message ([prompts])"
                             ) from None
-        plain = text.replace(cut, "")
+        plain = text.replace(CUT, "")
         first = messages[0]
         if first["role"] == "system" and first["content"].strip() not in plain:
             raise UserError("the model's chat template has no system message; a recipe can put "
                             "principles into the user's message ([prompts])")
         if not tokenize:
             return plain
-        return self.read(text, cut)
+        return self.read(text)
 
     def read_as_template(self):
         """Choose `before` so that a response reads as in the template, and return whether that is
@@ -96,13 +95,14 @@ class PlainText:
         token "▁A", which the model never says behind a line's end."""
         user = [{"role": "user", "content": "q"}]
         asked = self.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+
+        def reads(text):
+            ids = self(text).input_ids
+            whole = self.apply_chat_template(user + [{"role": "assistant", "content": text}])
+            return any(whole[i:i + len(ids)] == ids for i in range(len(whole)))
+
         for self.before in ("", asked[-1:]):
-            right = 0
-            for text in PROBES:
-                ids = self(text).input_ids
-                whole = self.apply_chat_template(user + [{"role": "assistant", "content": text}])
-                right += any(whole[i:i + len(ids)] == ids for i in range(len(whole)))
-            if right == len(PROBES):
+            if all(map(reads, PROBES)):
                 return True
         self.before = ""
         return False

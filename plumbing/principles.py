@@ -26,30 +26,30 @@ def check_form(form):
                         "it {good}, and end a text")
 
 
-def begun_answer(bad=None, prompts=sso.PROMPTS):
-    """The answer to `sso.principle_messages` up to the bad principle; or with that one, up to the
-    good one."""
-    answer = prompts["principles"]["answer"]
-    if bad is None:
-        return answer.split("{bad}")[0].rstrip()
-    return sso.fill(answer.split("{good}")[0], bad=bad).rstrip()
+def begun_answer(kind, principles, prompts):
+    """The answer to `sso.principle_messages` up to the principle of a kind, "bad" or "good", with
+    the principles {kind: text} that stand before it."""
+    begun = prompts["principles"]["answer"].split("{" + kind + "}")[0]
+    return sso.fill(begun, **principles).rstrip()
 
 
-def cut(text, prompts=sso.PROMPTS):
+def cut(text, prompts):
     """The principle that a model's text begins with, on one line."""
     return " ".join(text.strip().split(prompts["principles"]["end"])[0].split())
 
 
 def in_two_stages(chat, messages, seeds, settings, prompts):
     """(pairs (bad, good) of principles, tokens) by a model that goes on with a begun answer."""
-    end = prompts["principles"]["end"]
-    begun = [begun_answer(prompts=prompts)] * len(messages)
-    first = sample(chat, messages, [f"{seed} bad" for seed in seeds], settings, begun, end)
-    bad = [cut(answer.text, prompts) for answer in first.responses]
-    begun = [begun_answer(principle, prompts) for principle in bad]
-    second = sample(chat, messages, [f"{seed} good" for seed in seeds], settings, begun, end)
-    good = [cut(answer.text, prompts) for answer in second.responses]
-    return list(zip(bad, good)), first.tokens + second.tokens
+    pairs = [{} for _ in messages]
+    tokens = 0
+    for kind in ("bad", "good"):
+        begun = [begun_answer(kind, pair, prompts) for pair in pairs]
+        answers = sample(chat, messages, [f"{seed} {kind}" for seed in seeds], settings, begun,
+                         prompts["principles"]["end"])
+        for pair, answer in zip(pairs, answers.responses):
+            pair[kind] = cut(answer.text, prompts)
+        tokens += answers.tokens
+    return [(pair["bad"], pair["good"]) for pair in pairs], tokens
 
 
 def in_one_answer(server, messages, seeds, settings, prompts):
@@ -63,15 +63,12 @@ def labelled(text, prompts=sso.PROMPTS):
     """The (bad, good) principles of an answer behind their labels, which may stand in bold, as
     headings, or behind a preamble; (None, None) without both labels."""
     form = prompts["principles"]["answer"]
-    found = []
-    for part in re.split("{bad}|{good}", form)[:2]:
-        label = re.escape(part.strip(" :#\n"))
-        found.append(re.search(rf"(?im)\b{label}[*_\s]*(:|$)[*_\s]*", text))
-    if not all(found) or found[0].end() > found[1].start():
+    bad, good = (re.escape(part.strip(" :#\n")) for part in re.split("{bad}|{good}", form)[:2])
+    end = r"[*_\s]*(?::|$)"             # of a label
+    found = re.search(rf"(?ims)\b{bad}{end}(.*?)\b{good}{end}(.*)", text)
+    if not found:
         return None, None
-    bad = text[found[0].end():found[1].start()]
-    good = text[found[1].end():]
-    return tuple(cut(part.strip(" *_#>-\n"), prompts).rstrip(" *_#") for part in (bad, good))
+    return tuple(cut(part.strip(" *_#>-\n"), prompts).rstrip(" *_#") for part in found.groups())
 
 
 def runs_of_words(text):
@@ -95,7 +92,7 @@ def fault(bad, good, prompts=sso.PROMPTS):
     return None
 
 
-def with_principles(record, bad, good, prompts=sso.PROMPTS):
+def with_principles(record, bad, good, prompts):
     """A record with its principles; the fixed pair, and why, where the made one is of no use."""
     reason = fault(bad, good, prompts)
     if reason:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 from pathlib import Path
 
@@ -27,13 +26,19 @@ def read_jsonl(path, needs=("prompt",), uses=RESPONSES):
     content = Path(path).read_bytes().rstrip()
     if not content:
         raise UserError(f"{path}: an empty file")
-    records = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    return for_each(f"{path}, line", lambda line: parse_record(line, needs, uses),
+                    content.split(b"\n"))
+
+
+def for_each(place, function, items):
+    """What a function makes of each item. UserError says which one it cannot take."""
+    made = []
+    for number, item in enumerate(items, 1):
         try:
-            records.append(parse_record(line, needs, uses))
+            made.append(function(item))
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-    return records
+            raise UserError(f"{place} {number}: {error}") from None
+    return made
 
 
 def parse_record(line, needs, uses):
@@ -51,10 +56,8 @@ def parse_record(line, needs, uses):
         if not isinstance(finished, bool):
             raise ValueError(f"'{column}_finished' is {finished!r}: it is true or false")
     for key in needs:
-        value = record.get(key)
-        has_messages = isinstance(value, list) and key in ("prompt", *uses)
-        has_text = isinstance(value, str) and value.strip()
-        if not has_messages and not has_text:
+        kind = list if key in ("prompt", *uses) else str
+        if not isinstance(record.get(key), kind) or not str(record[key]).strip():
             raise ValueError(f"a record without a {key!r}")
     return record
 
@@ -109,7 +112,7 @@ def write_text(path, text):
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def as_lines(records):

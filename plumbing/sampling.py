@@ -1,16 +1,18 @@
 """Prompts in, responses out: our own decoding loop, for CPU and CUDA alike, or a server."""
 
 import random
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 import sso
 from plumbing import server as servers
 from plumbing.models import Chat, device, inspect_chat, load_weights, precision
-from plumbing.records import UserError
+from plumbing.records import UserError, for_each
 
 SHARED = 32             # tokens of a common prefix from which on it is read once
 ROWS_ON_CUDA = 16       # times the setting batch_size: a step's time there is that of its launches
@@ -27,8 +29,7 @@ def load_sampler(path, server=None, probes=()):
     A checkpoint's own sampling settings are not used: responses are to be the policy's own."""
     if server:
         return servers.load_server(server, path)
-    chat = inspect_chat(path, probes)
-    chat = load_weights(chat, path, precision())
+    chat = load_weights(inspect_chat(path, probes), path, precision())
     return chat._replace(shares_prefix=reads_shared_prefix(chat))
 
 
@@ -37,31 +38,27 @@ def load_sampler(path, server=None, probes=()):
 @torch.no_grad()
 def decode(chat, prompts, choose, is_over, shared=0):
     """An answer to each of N prompts, as lists of token ids. choose(logits (rows, V), their
-    prompts' numbers) gives the next tokens (rows,); is_over(i, ids) ends an answer. The first `shared`
-    tokens of all prompts are the same, and are read once."""
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), chat.pad_id)      # (N, T): shared, padding, own
-    attention_mask = torch.zeros_like(input_ids)                    # (N, T)
-    attention_mask[:, :shared] = 1
-    for row, prompt in enumerate(prompts):
-        start = width - len(prompt) + shared
-        input_ids[row, start:] = torch.tensor(prompt[shared:])
-        attention_mask[row, start:] = 1
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)      # (N, T)
-    options = {"past_key_values": DynamicCache(config=chat.model.config.get_text_config()),
-               "use_cache": True, "logits_to_keep": 1}
+    prompts' numbers) gives the next tokens (rows,); is_over(i, ids) ends an answer. The first
+    `shared` tokens of all prompts, S, are the same, and are read once."""
+    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+    own = [torch.tensor(prompt[shared:], device=device) for prompt in prompts]
+    input_ids = pad_left(own, padding_value=chat.pad_id)                            # (N, T-S)
+    attention_mask = pad_left([torch.ones_like(ids) for ids in own])
+    attention_mask = F.pad(attention_mask, (shared, 0), value=1)    # (N, T): shared, padding, own
+    cache = DynamicCache(config=chat.model.config.get_text_config())
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     if shared:
         chat.model(torch.tensor([prompts[0][:shared]], device=device), **options)       # (1, S)
-        options["past_key_values"].reorder_cache(torch.zeros_like(input_ids[:, 0]).to(device))
-    step = {"input_ids": input_ids[:, shared:], "attention_mask": attention_mask,
-            "position_ids": position_ids[:, shared:]}
-    step = {name: tensor.to(device) for name, tensor in step.items()}
+        cache.reorder_cache(torch.zeros_like(input_ids[:, 0]))
 
     answers = [[] for _ in prompts]
     over = [False for _ in prompts]
     rows = list(range(len(prompts)))        # the number of each row's prompt
     while True:
-        logits = chat.model(**step, **options).logits[:, -1]                            # (N, V)
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                      # (N, T)
+        logits = chat.model(input_ids, attention_mask=attention_mask,
+                            position_ids=position_ids[:, -input_ids.shape[1]:],
+                            **options).logits[:, -1]                                    # (N, V)
         tokens = choose(logits, rows)                                                   # (N,)
         for i, token in zip(rows, tokens.tolist()):
             if not over[i]:
@@ -70,14 +67,14 @@ def decode(chat, prompts, choose, is_over, shared=0):
         live = [row for row, i in enumerate(rows) if not over[i]]
         if not live:
             return answers
-        step = {"input_ids": tokens[:, None],                                           # (N, 1)
-                "attention_mask": F.pad(step["attention_mask"], (0, 1), value=1),       # (N, T+1)
-                "position_ids": step["position_ids"][:, -1:] + 1}                       # (N, 1)
+        input_ids = tokens[:, None]                                                     # (N, 1)
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)                         # (N, T+1)
         if len(live) < 0.75 * len(rows):    # drop the rows whose answers are over
             rows = [rows[row] for row in live]
             kept = torch.tensor(live, device=device)
-            options["past_key_values"].reorder_cache(kept)
-            step = {name: tensor[kept] for name, tensor in step.items()}
+            cache.reorder_cache(kept)
+            input_ids = input_ids[kept]
+            attention_mask = attention_mask[kept]
 
 
 def draw(logits, randoms, temperature, top_p):
@@ -95,8 +92,9 @@ def draw(logits, randoms, temperature, top_p):
         drawn = drawn.clamp(max=probs.shape[1] - 1)
         tokens[rows] = drawn[:, 0]
         # Top-p: a token stays if those likelier than it hold less than top_p. Else draw again.
-        p = probs[rows].gather(1, drawn)                                                # (rows, 1)
-        likelier = (probs[rows] * (probs[rows] > p)).sum(1)                             # (rows,)
+        asked = probs[rows]
+        p = asked.gather(1, drawn)                                                      # (rows, 1)
+        likelier = (asked * (asked > p)).sum(1)                                         # (rows,)
         rows = [row for row, share in zip(rows, likelier.tolist()) if share >= top_p]
     return tokens
 
@@ -105,12 +103,12 @@ def draw(logits, randoms, temperature, top_p):
 
 def shared_prefix(prompts):
     """How many tokens all prompts begin with, at least one of each left over; 0 if they are few."""
-    first = min(prompts)
-    last = max(prompts)
-    most = min(map(len, prompts)) - 1
     shared = 0
-    while shared < most and first[shared] == last[shared]:
+    for tokens in zip(*prompts):
+        if len(set(tokens)) > 1:
+            break
         shared += 1
+    shared = min(shared, min(map(len, prompts)) - 1)
     if shared < SHARED or len(prompts) == 1:
         return 0
     return shared
@@ -127,12 +125,13 @@ def reads_shared_prefix(chat):
         seen.append(logits.float().log_softmax(1))
         return logits.argmax(1)
 
+    look = partial(decode, chat, choose=choose, is_over=lambda i, ids: True)
     try:
-        decode(chat, prompts, choose, lambda i, ids: True, shared=len(prefix))
+        look(prompts, shared=len(prefix))
     except Exception:           # of any kind: its cache is of another kind
         return False
     for prompt in prompts:
-        decode(chat, [prompt], choose, lambda i, ids: True)
+        look([prompt])
     tolerance = {torch.float32: 1e-3}.get(chat.model.dtype, 0.2)        # in nats
     return torch.allclose(seen[0], torch.cat(seen[1:]), rtol=0, atol=tolerance)
 
@@ -161,13 +160,12 @@ def encode(chat, messages, begun=""):
 
 def check_context(chat, prompts, path):
     """UserError for the first of all prompts that is too long, before anything is written."""
-    for number, messages in enumerate(prompts, 1):
-        may_be_long = isinstance(chat, Chat) and len(str(messages).encode()) > chat.context // 2
-        if may_be_long:
-            try:
-                encode(chat, messages)
-            except UserError as error:
-                raise UserError(f"{path}, record {number}: {error}") from None
+    def check(messages):
+        # A prompt of few bytes has few tokens.
+        if isinstance(chat, Chat) and len(str(messages).encode()) > chat.context // 2:
+            encode(chat, messages)
+
+    for_each(f"{path}, record", check, prompts)
 
 
 def sample(chat, prompts, seeds, settings, begun=None, end=None):
@@ -178,9 +176,8 @@ def sample(chat, prompts, seeds, settings, begun=None, end=None):
         return Sampled([], 0)
     if isinstance(chat, servers.Server):
         return Sampled(*servers.sample(chat, prompts, seeds, settings))
-    encoded = []
-    for messages, text in zip(prompts, begun or [""] * len(prompts)):
-        encoded.append(encode(chat, messages, text))
+    begun = begun or [""] * len(prompts)
+    encoded = [encode(chat, messages, text) for messages, text in zip(prompts, begun)]
     randoms = [random.Random(seed) for seed in seeds]
     limits = [min(settings["max_new_tokens"], chat.context - len(ids)) for ids in encoded]
 

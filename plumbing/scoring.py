@@ -9,11 +9,11 @@ from plumbing.models import autocast, device
 
 
 @torch.no_grad()
-def score(chat, examples, budget=0, function=None, name="scoring"):
-    """`chat.pair_logps`, or another function like it, of all examples: two (2, R, examples)."""
-    function = function or chat.pair_logps
+def score(chat, examples, budget=0, name="scoring"):
+    """`chat.pair_logps` of all examples: two (2, R, examples)."""
     budget = budget or memory.MOST
-    if function is not sso.pair_logps:      # no activations are kept; the plain form's logits are
+    # Without gradients no activations are kept; the plain form's logits are.
+    if chat.pair_logps is not sso.pair_logps:
         budget *= 4
     settings = {"micro_batch_tokens": budget}
     scores = torch.zeros(2, len(examples[0]), len(examples), device=device)
@@ -22,9 +22,8 @@ def score(chat, examples, budget=0, function=None, name="scoring"):
 
     def score_group(group):
         with autocast():
-            values, counts = function(chat.model, [examples[i] for i in group], chat.pad_id)
-        scores[:, :, group] = values
-        tokens[:, :, group] = counts
+            scores[:, :, group], tokens[:, :, group] = chat.pair_logps(
+                chat.model, [examples[i] for i in group], chat.pad_id)
         bar.update(len(group))
 
     memory.in_micro_batches(score_group, chat.model, examples, range(len(examples)), settings)

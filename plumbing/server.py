@@ -4,12 +4,12 @@ A request is for one answer, with a seed of its own; whether that makes the answ
 the server's affair. Servers differ in what they take: a field that one refuses is left out.
 """
 
+import functools
 import os
 import re
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import sso
 from plumbing.records import UserError
@@ -19,7 +19,6 @@ AT_ONCE = 64                # requests; fewer where a server is too busy
 RETRIES = 50                # of a request, by the package openai, after growing waits: some minutes
 UNFINISHED = ("length", "content_filter")
 SHORT = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 64}
-RENAMED = {"max_tokens": "max_completion_tokens"}           # OpenAI's own models
 NO_ANSWER = ("it gave no answer, only its reasoning: raise max_new_tokens, or switch the model's "
              "thinking off")
 
@@ -30,30 +29,23 @@ class Server:
     def __init__(self, client, model):
         self.client = client            # openai.OpenAI
         self.model = model
-        self.names = {}                 # of refused fields: what is sent instead, or None
-        self.said = set()               # warnings, each printed once
-        self.places = AT_ONCE           # requests that may be under way
-        self.room = threading.Semaphore(AT_ONCE)
-        self.lock = threading.Lock()
-
-    def say(self, text):
-        if text not in self.said:
-            self.said.add(text)
-            print(f"--server: {text}")
+        self.refused = set()            # names of fields
+        self.room = threading.Semaphore(AT_ONCE)            # places for requests under way,
+        self.spare = threading.Semaphore(AT_ONCE - 1)       # and those of them that can be given up
 
     def send(self, messages, fields):
         """The answer to a request. After one that had to be sent again there is a place less."""
         with self.room:
-            sent = {self.names.get(name, name): value for name, value in fields.items()}
-            sent.pop(None, None)
             answer = self.client.chat.completions.with_raw_response.create(
-                model=self.model, messages=messages, **sent)
-        with self.lock:
-            fewer = answer.retries_taken > 0 and self.places > 1
-            self.places -= fewer
-        if fewer:
+                model=self.model, messages=messages, **fields)
+        if answer.retries_taken and self.spare.acquire(blocking=False):
             self.room.acquire()
         return answer.parse()
+
+
+@functools.cache        # so that each is printed once
+def say(server, text):
+    print(f"--server: {text}")
 
 
 def load_server(url, model):
@@ -74,7 +66,7 @@ def sample(server, prompts, seeds, settings):
     """As `sampling.sample`: responses in the order of their prompts, and the tokens of all.
     UserError if a request fails for good: no failure becomes an empty response."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = list(pool.map(partial(ask, server, settings), prompts, seeds))
+        answers = list(pool.map(functools.partial(ask, server, settings), prompts, seeds))
     return [response for response, _ in answers], sum(tokens for _, tokens in answers)
 
 
@@ -84,47 +76,50 @@ def ask(server, settings, messages, seed):
               "top_p": settings["top_p"], "max_tokens": settings["max_new_tokens"],
               "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
     while True:
-        known = set(server.names)
+        names = fields.keys() - server.refused
+        sent = {name: fields[name] for name in names}
+        if "max_tokens" not in names:
+            sent["max_completion_tokens"] = fields["max_tokens"]    # as OpenAI's own models call it
         try:
-            return read(server, server.send(messages, fields))
+            return read(server, server.send(messages, sent))
         except Exception as error:      # of any kind: so are servers
-            status = getattr(error, "status_code", None)
-            if status not in (400, 422) or not leave_out(server, error, fields, known):
+            if not leave_out(server, error, names):
                 raise fault(server, error, messages) from None
 
 
-def leave_out(server, error, fields, known):
-    """Whether a refused request is worth another try: without the field that the server names, or
-    under its other name; else without the field that is not standard. `known`: what was left out
-    of the request already."""
+def leave_out(server, error, names):
+    """Whether a refused request is worth another try: without those of its fields that the server
+    names, else without the field that is not standard."""
+    if getattr(error, "status_code", None) not in (400, 422):
+        return False
     said = f"{error} {error.response.text}"
-    named = {name for name in fields if re.search(rf"\b{name}\b", said)} or {"extra_body"}
-    for name in named - known:
-        server.names[name] = RENAMED.get(name)
-        server.say(f"it refuses the field {name!r}; in its place: {RENAMED.get(name) or 'nothing'}")
-    return bool(named - known)
+    named = {name for name in names if re.search(rf"\b{name}\b", said)}
+    named = named or names & {"extra_body"}
+    for name in named:
+        say(server, f"it refuses the field {name!r}, which is left out or renamed")
+    server.refused |= named
+    return bool(named)
 
 
 def read(server, completion):
     """The response in a completion, and its number of tokens. ValueError if there is none."""
     try:
         choice = completion.choices[0]
-        reason = choice.finish_reason
-        text = choice.message.content or ""
+        text = choice.message.content
+        finished = choice.finish_reason not in UNFINISHED
         if not text and getattr(choice.message, "reasoning_content", None):
-            raise UserError(NO_ANSWER)
-        if choice.message.content is None and reason not in UNFINISHED:
-            raise ValueError
+            raise ValueError(NO_ANSWER)
+        if not finished:
+            text = text or ""
         text = without_thinking(text)
         text.encode()               # fails on half a surrogate pair
-    except UserError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, UnicodeError):
         raise ValueError(f"no answer: {completion}") from None
-    if reason is None:
-        server.say("it does not say why an answer ended (finish_reason is null): taken as finished")
+    if choice.finish_reason is None:
+        say(server, "it does not say why an answer ended (finish_reason is null): taken as "
+                    "finished")
     tokens = getattr(completion.usage, "completion_tokens", 0) or 0
-    return sso.Response(text, reason not in UNFINISHED), tokens
+    return sso.Response(text, finished), tokens
 
 
 def without_thinking(text):
@@ -137,8 +132,8 @@ def without_thinking(text):
 def fault(server, error, messages):
     """A UserError of one line, without the key, which a server may repeat."""
     status = getattr(error, "status_code", None)
-    cause = error.__cause__             # of a request without any answer
-    what = " ".join(str(cause or error).replace(server.client.api_key, "...").split())[:200]
+    cause = error.__cause__ or error    # of a request without any answer it has one
+    what = " ".join(str(cause).replace(server.client.api_key, "...").split())[:200]
     if status in (401, 403):
         what = f"it wants a key that it knows, in the environment variable {KEY}"
     if status == 404:
@@ -161,21 +156,22 @@ def judge_by_text(server, prompts, comparisons):
     word. An answer without a name is half a win."""
     asked = []
     for query, a, b in comparisons:
-        asked.append(sso.judge_messages(query, a.text, b.text, prompts))
-        asked.append(sso.judge_messages(query, b.text, a.text, prompts))
-    responses, _ = sample(server, asked, list(map(str, range(len(asked)))), SHORT)
+        asked += [sso.judge_messages(query, a.text, b.text, prompts),
+                  sso.judge_messages(query, b.text, a.text, prompts)]
+    responses, _ = sample(server, asked, map(str, range(len(asked))), SHORT)
     wins = [named(response.text) for response in responses]     # of m: 1, 0, or 0.5
-    shares = [(1 + first - second) / 2 for first, second in zip(wins[::2], wins[1::2])]
-    unreadable = wins.count(0.5)
-    disagree = sum(first == second != 0.5 for first, second in zip(wins[::2], wins[1::2]))
-    print(f"--judge: of {len(shares)} comparisons {disagree} are ties since both orders disagree; "
-          f"{unreadable} of {len(wins)} answers name neither m nor M, or both")
-    return [(share, 1 - share) for share in shares]
+    marks = []
+    disagree = 0
+    for first, second in zip(wins[::2], wins[1::2]):
+        share = (1 + first - second) / 2
+        marks.append((share, 1 - share))
+        disagree += first == second != 0.5
+    print(f"--judge: of {len(marks)} comparisons {disagree} are ties since both orders disagree; "
+          f"{wins.count(0.5)} of {len(wins)} answers name neither m nor M, or both")
+    return marks
 
 
 def named(text):
     """1 if a text names m, 0 if it names M, 0.5 if neither or both."""
     names = set(re.findall(r"(?<![\w'’])[mM](?![\w'’])", text))
-    if len(names) != 1:
-        return 0.5
-    return float(names == {"m"})
+    return {"m": 1.0, "M": 0.0}.get("".join(names), 0.5)

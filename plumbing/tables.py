@@ -31,5 +31,4 @@ def print_table(rows, columns):
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
-        print("| " + " | ".join(cells) + " |")
+        print("|", " | ".join(map(str.ljust, line, widths)), "|")

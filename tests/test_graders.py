@@ -1,4 +1,4 @@
-"""The graders for real models: lab/facts.py, lab/form.py and both as one, their queries, their principles by hand."""
+"""The graders for real models: lab/facts.py, lab/form.py, lab/code.py, their queries, their principles by hand."""
 
 import random
 import re
@@ -9,12 +9,14 @@ import pytest
 import generate
 import sso
 from conftest import TOY, run_here, texts
-from lab import facts, form, mixed
+from lab import code, facts, form, mixed
 from plumbing.grader import load_grader
 from plumbing.recipes import load_toml
 from plumbing.records import UserError, read_jsonl
 
 WORLDS = {"facts": facts, "form": form}
+KINDS = {facts: facts.KINDS, form: form.kinds_of("form")}
+OTHERS = ("line", "language", "tone")       # worlds of lab/form.py
 
 
 @pytest.fixture(params=WORLDS.values(), ids=WORLDS)
@@ -26,12 +28,12 @@ def world(request):
 
 CATS = "Why do cats purr? "
 EXPECTED = load_toml(Path(__file__).with_name("marks.toml"))
-MARKS = EXPECTED["facts"] | {CATS + demand: answers for demand, answers in EXPECTED["form"].items()}
+MARKS = EXPECTED["facts"] | EXPECTED["line"] | {CATS + demand: marks for demand, marks in EXPECTED["form"].items()}
 
 
 def test_every_kind_has_marks():
     assert {facts.parse(query).kind for query in EXPECTED["facts"]} == set(facts.KINDS)
-    assert {form.parse(CATS + demand).kind for demand in EXPECTED["form"]} == set(form.KINDS)
+    assert {form.parse(CATS + demand).kind for demand in EXPECTED["form"]} | {"line"} == set(form.KINDS)
 
 
 @pytest.mark.parametrize("query", MARKS)
@@ -47,8 +49,18 @@ def test_there_are_enough_queries_and_none_twice(world):
     assert len(set(queries)) >= 400 and len(set(heldout)) >= 100
     assert len(set(queries + heldout)) == len(queries + heldout)
     kinds = [world.parse(query).kind for query in heldout]
-    assert min(kinds.count(kind) for kind in world.KINDS) >= 3
-    assert {world.parse(query).kind for query in queries[:100]} == set(world.KINDS)
+    assert min(kinds.count(kind) for kind in KINDS[world]) >= 3
+    assert {world.parse(query).kind for query in queries[:100]} == set(KINDS[world])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_worlds_have_200_queries_held_out_whose_thing_no_query_asks_for(name, tmp_path, monkeypatch):
+    run_here(f"python -m lab.form --out {tmp_path} --world {name}", monkeypatch)
+    asked, held = [[form.parse(record["prompt"][0]["content"]) for record in read_jsonl(tmp_path / f"{part}.jsonl")]
+                   for part in ("queries", "heldout")]
+    assert len(set(asked)) == len(asked) >= 256 and len(set(held)) == len(held) == 200
+    assert not {query.question for query in asked} & {query.question for query in held}
+    assert {query.kind for query in asked} == {query.kind for query in held} == set(form.kinds_of(name))
 
 
 @pytest.mark.parametrize("world, part", [(facts, slice(0, 2)), (form, slice(0, 1))], indirect=["world"])
@@ -108,7 +120,7 @@ def test_every_demand_marks_what_obeys_it_and_not_what_ignores_it():
             assert form.grade(query, part * (int(word) + 1)) == 0, query
         else:
             assert form.grade(query, EXPECTED["obeyed"][kind].replace("{}", word)) == 1, query
-    assert seen == set(form.DEMANDS)
+    assert seen == {demand for demand, (kind, _) in form.DEMANDS.items() if kind in KINDS[form]}
 
 
 @pytest.mark.parametrize("query", ["Why?", "Why do cats purr?", "Why do cats purr? Answer in at most 13 words.", "",
@@ -116,6 +128,47 @@ def test_every_demand_marks_what_obeys_it_and_not_what_ignores_it():
 def test_queries_of_others_are_refused(world, query):
     with pytest.raises(UserError, match=re.escape(f"{query!r}: UserError: {query!r} is not a query of lab/")):
         load_grader(world.__file__)(query, sso.Response("Paris.", True))
+
+
+# ---- Python functions ----------------------------------------------------------------------------
+
+def code_mark(head, body, form="{}"):
+    """The mark of a function of lab/code.toml, by its head and what its body is to be."""
+    query = next(text for text, function in code.QUERIES.items() if function.head == head)
+    return code.grade(query, form.format(f"def {head}:\n    {body}\n"))
+
+
+@pytest.mark.parametrize("form", ["{}", "Sure:\n```python\n{}```\nIt prints 3.", "```py\n{}", "```\nx\n```\n```\n{}```"])
+def test_code_is_found_and_run(form):
+    assert code_mark("double(x)", "return 2 * x", form) == 1
+    assert code_mark("double(x)", "return x * x", form) == 0
+
+
+@pytest.mark.parametrize("body", [
+    "print(2 * x)", "raise SystemExit(42)", "[0] * 10**9; return 2 * x", "open('/dev/null'); return 2 * x",
+    "import os; os.system('true'); return 2 * x", "import os; os.listdir('.'); return 2 * x",
+    "import os; os.fork(); return 2 * x", "import socket; socket.socket(); return 2 * x",
+    "import subprocess; subprocess.run(['true']); return 2 * x"])
+def test_code_that_is_wrong_or_reaches_out_is_marked_0(body):
+    assert code_mark("double(x)", body) == 0
+
+
+def test_code_without_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(code, "SECONDS", 0.5)
+    assert code_mark("double(x)", "while True: pass") == 0
+
+
+@pytest.mark.slow
+def test_every_function_of_the_world_passes_its_own_calls_and_another_does_not():
+    for line in code.WORLD["functions"].strip().split("\n"):
+        head, _, expression, *_ = line.split(" | ")
+        assert code_mark(head, f"import math, collections; return {expression}") == 1, head
+        assert code_mark(head, "return 'zebra'") == 0, head
+
+
+def test_no_function_is_held_out_and_asked_for():
+    asked, held = [{code.parse(text).head for text in texts} for texts in code.make_queries().values()]
+    assert not asked & held and len(asked | held) == len(code.FUNCTIONS)
 
 
 # ---- The commands and their files ----------------------------------------------------------------

@@ -1,13 +1,15 @@
 """The runs on real weights, on a tiny model: that they run, continue, and measure what they say."""
 
+import hashlib
+import json
 import random
 
 import pytest
 
 import sso
 import train
-from conftest import run_here, write_jsonl
-from lab import real
+from conftest import make_checkpoint, run_here, write_jsonl
+from lab import arms, real
 from plumbing.models import load_chat
 from plumbing.recipes import load_toml
 from plumbing.records import read_json, read_jsonl
@@ -58,25 +60,77 @@ def test_a_base_model_is_trained_on_its_answers_alone(qwen3, tmp_path, monkeypat
 
 
 def test_arms_of_real_weights_report_their_measures_and_costs(qwen3, tmp_path, monkeypatch):
-    """In the miniature; once more, and nothing is made again."""
+    """In the miniature; once more, and nothing is made again; with another learning rate, and arms are added."""
     line = (f"python -m lab.real arms --model {qwen3} --recipe lab/miniature.toml --out {tmp_path} --count 9 {SMALL} "
             "--names PBAA,SSO")
     run_here(line, monkeypatch)
     report = read_json(tmp_path / "report.json")
-    assert list(report["rows"]) == ["base", "PBAA", "SSO"] and report["settings"]["policy"]["lr"] == 2e-5
-    for name in ("PBAA", "SSO"):
+    names = ["PBAA, policy 2e-05", "SSO, generator 2e-05, policy 2e-05"]
+    assert list(report["rows"]) == ["base", *names] and report["settings"]["policy"]["lr"] == 2e-5
+    for name in names:
         row = report["rows"][name]
         assert {"quality", "win rate", "accuracy", "p(chosen)", "p(rejected)", "p(original)"} <= row.keys()
         assert row["answers"] == row["pairs"] == 9
         assert row["policy's p(original)"] == read_jsonl(tmp_path / name / "policy/log.jsonl", needs=())[-1]["p(original)"]
-    steps = {"principles.jsonl", "responses.jsonl", "base/answers.jsonl", "PBAA/policy", "PBAA/answers.jsonl",
-             "SSO/generator-sso", "SSO/pairs-sso.jsonl", "SSO/policy", "SSO/answers.jsonl"}
+    steps = {"principles.jsonl", "responses.jsonl", "base/answers.jsonl",
+             "SSO, generator 2e-05/generator-sso", "SSO, generator 2e-05/pairs-sso.jsonl"}
+    steps |= {f"{name}/{step}" for name in names for step in ("policy", "answers.jsonl")}
     assert report["costs"].keys() == {f"{step}.costs.json" for step in steps}
     assert all(cost["seconds"] > 0 and cost["peak bytes"] > 1e8 for cost in report["costs"].values())
+    assert report["weights"] == {"model.safetensors": hashlib.sha256((qwen3 / "model.safetensors").read_bytes()).hexdigest()}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/**/*") if path.is_file()}
     run_here(line, monkeypatch)
     assert read_json(tmp_path / "report.json") == report
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    run_here(f"{line} --set policy.lr=1e-3", monkeypatch)
+    assert list(read_json(tmp_path / "report.json")["rows"])[3:] == ["PBAA, policy 0.001", "SSO, generator 2e-05, policy 0.001"]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_loser_may_be_the_plain_answer_to_another_query(tmp_path):
+    """Each is the loser of one other query, and of none that it answers."""
+    records = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": "bad", "original": f"yo {i}", "original_finished": i > 3}
+               for i in range(9)]
+    arms.cross(write_jsonl(tmp_path / "r.jsonl", records), tmp_path / "pairs.jsonl", seed=0)
+    made = read_jsonl(tmp_path / "pairs.jsonl")
+    losers = [sso.record_response(record, "bad") for record in made]
+    assert sorted(losers) == [sso.Response(f"yo {i}", i > 3) for i in range(9)]
+    for i, record in enumerate(made):
+        assert losers[i].text != f"yo {i}" and sso.record_response(record, "good").text == f"good {i}"
+
+
+def test_seeds_are_compared_over_queries(qwen3, grader, tmp_path, monkeypatch, capsys):
+    """The gain of an arm is paired: of each query the mean over the seeds, then mean and standard error over queries."""
+    marks = {"base": [[20, 40], [60, 80]], "SSO": [[100, 140], [100, 180]]}     # of an arm and a seed: its answers' marks
+    for name, seeds in marks.items():
+        for seed, lengths in enumerate(seeds):
+            answers = [{"prompt": f"q{i}", "original": "".join(map(chr, range(100, 100 + length)))}
+                       for i, length in enumerate(lengths)]
+            (tmp_path / f"{seed}/{name}").mkdir(parents=True)
+            write_jsonl(tmp_path / f"{seed}/{name}/answers.jsonl", answers)
+            rows = {each: {"quality": {"mean": 0.5}, "accuracy": {"mean": seed, "se": 0.1}} for each in marks}
+            (tmp_path / f"{seed}/report.json").write_text(json.dumps({"rows": rows}))
+    run_here(f"python -m lab.real compare {tmp_path}/0 {tmp_path}/1 --grader {grader} --first SSO --out {tmp_path}/both.json",
+             monkeypatch)
+    rows = read_json(tmp_path / "both.json")["rows"]
+    gains = [(100 + 100 - 20 - 60) / 400, (140 + 180 - 40 - 80) / 400]          # the grader's mark is a share of 200
+    assert rows["base"]["SSO better by"] == pytest.approx({"mean": sum(gains) / 2, "se": abs(gains[0] - gains[1]) / 2, "n": 2})
+    assert rows["SSO"]["SSO better by"]["mean"] == 0 and rows["SSO"]["accuracy"] == {"mean": 0.5, "se": 0.1}
+    assert "SSO better by" in capsys.readouterr().out
+
+
+def test_worlds_are_looked_at_with_the_principles_of_each_writer(qwen3, tmp_path, monkeypatch):
+    line = (f"python -m lab.real worlds --model {qwen3} --out {tmp_path} --count 3 --names line,code "
+            "--set principles.max_new_tokens=4")
+    run_here(f"{line} --strong {make_checkpoint(tmp_path / 'strong', 'llama')}", monkeypatch)
+    report = read_json(tmp_path / "report.json")
+    assert list(report["rows"]) == [f"{world}, {writer}" for world in ("line", "code")
+                                    for writer in ("hand", "itself", "stronger")]
+    for row in report["rows"].values():
+        assert row["pairs"] == row["accuracy"]["n"] == 3 and row["verdict"] and {"y+", "yo", "y-", "accuracy", "p(rejected)"} <= row.keys()
+    principles = {writer: read_jsonl(tmp_path / f"line/{writer}/principles.jsonl") for writer in ("hand", "itself", "stronger")}
+    assert len({json.dumps(records) for records in principles.values()}) == 3
+    assert read_json(tmp_path / "line/original.jsonl.args.json")["max_new_tokens"] == 64
 
 
 def test_arms_draw_the_queries_of_a_file_by_seed_and_take_its_principles(qwen3, grader, tmp_path, monkeypatch):

@@ -56,8 +56,8 @@ def test_what_it_is_trained_on_is_what_its_template_and_prompts_give():
         messages = [{"role": "user", "content": user}]
         if system == TOY["prompts"]["principles"]["system"]:
             messages = sso.principle_messages(user, TOY["prompts"])
-            bad = cut(assistant.removeprefix(begun_answer(prompts=TOY["prompts"])), TOY["prompts"])
-            good = assistant.removeprefix(begun_answer(bad, TOY["prompts"]) + " ")
+            bad = cut(assistant.removeprefix(begun_answer("bad", {}, TOY["prompts"])), TOY["prompts"])
+            good = assistant.removeprefix(begun_answer("good", {"bad": bad}, TOY["prompts"]) + " ")
             assert good in {world.principle(user, rng, "good") for _ in range(100)}
             two_stages += 1
         elif system:

@@ -220,7 +220,7 @@ def test_every_step_is_logged(toy_responses, monkeypatch, capsys):
         assert row["loss"] == pytest.approx(row["loss L+"] + row["loss L-"], rel=1e-5)
         assert row["loss"] == pytest.approx(2 * (row["base"] + 0.1 * row["sft"]), rel=1e-5)
         assert row["margin"] == pytest.approx(row["chosen_rewards"] - row["rejected_rewards"], abs=1e-5)
-        assert 0 <= row["accuracy L-"] <= 1 and row["seconds"] > 0 > row["chosen_logps"] and "p(original)" not in row
+        assert 0 <= row["reward_accuracy L-"] <= 1 and row["seconds"] > 0 > row["chosen_logps"] and "p(original)" not in row
     assert rows[-1]["margin"] > 0               # the first steps widen it
 
 

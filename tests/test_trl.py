@@ -22,7 +22,7 @@ def assert_same_training(ours, trls, rewards=True):
         later = our_row["step"] > 0
         for name in ("step", "loss", "grad_norm", "lr"):
             assert trl_row[name] == pytest.approx(our_row[name], rel=1e-4 if later else 1e-5), name
-        for name in ("chosen_rewards", "rejected_rewards", "margin", "accuracy"):
+        for name in ("chosen_rewards", "rejected_rewards", "margin", "reward_accuracy"):
             if rewards and later:
                 assert trl_row[name] == pytest.approx(our_row[name], rel=1e-3, abs=1e-4), name
     chats = load_chat(ours), load_chat(trls)
