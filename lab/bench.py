@@ -140,7 +140,7 @@ def gradient(chat, examples, form):
 
 
 def make_step(chat, examples, settings, optimizer, backward=train.accumulate_gradient):
-    """A function: one whole step of `train.fit` on examples. It returns the parts of the loss."""
+    """A function: one whole step of `train.fit` on examples."""
     ref_logps, _ = score(chat, examples)
 
     def loss(group):
@@ -149,10 +149,9 @@ def make_step(chat, examples, settings, optimizer, backward=train.accumulate_gra
 
     def step():
         optimizer.zero_grad()
-        parts = backward(chat, examples, range(len(examples)), loss, settings)
+        backward(chat, examples, range(len(examples)), loss, settings)
         torch.nn.utils.clip_grad_norm_(chat.model.parameters(), settings["clip"])
         optimizer.step()
-        return parts
     return step
 
 
@@ -168,7 +167,8 @@ def make_trl_step(chat, examples, settings, optimizer):
     trainer.current_gradient_accumulation_steps = len(batches)
 
     def backward(*_):
-        return {"loss": sum(trainer.training_step(chat.model, batch) for batch in batches)}
+        for batch in batches:
+            trainer.training_step(chat.model, batch)
 
     return make_step(chat, examples, settings, optimizer, backward)
 

@@ -41,10 +41,7 @@ def draw(path, panels):
         panel(axis)
     figure.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:                     # an ending that names no format
-        raise UserError(f"{path}: {error}") from None
+    figure.savefig(path, dpi=150)
     pyplot.close(figure)
     print(f"{path}: drawn")
 

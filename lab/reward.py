@@ -105,18 +105,19 @@ def accuracies(model, path, recipe):
         raise UserError(f"model {model}: it has no reward head; `python -m lab.reward train` "
                         "trains one")
     read_examples(path, "policy", chat, settings["max_length"])     # for its errors
-    by_subset = {}
+    subsets = []
+    examples = []
     for record in read_jsonl(path):
         example, _ = encode_record(record, "policy", chat, settings["max_length"])
         if example:
-            by_subset.setdefault(record.get("subset"), []).append(example)
+            subsets.append(record.get("subset", "all"))
+            examples.append(example)
+    (chosen, rejected), _ = score(chat, examples, settings["micro_batch_tokens"])       # (1, N)
+    verdicts = (0.5 + 0.5 * (chosen - rejected)[0].sign()).tolist()
     marks = {}
-    for subset, examples in by_subset.items():
-        (chosen, rejected), _ = score(chat, examples, settings["micro_batch_tokens"])   # (1, N)
-        marks[subset] = (0.5 + 0.5 * (chosen - rejected)[0].sign()).tolist()
-    everything = sum(marks.values(), [])
-    marks.pop(None, None)
-    marks["all"] = everything
+    for subset, verdict in zip(subsets, verdicts):
+        marks.setdefault(subset, []).append(verdict)
+    marks["all"] = verdicts
     rows = {name: {"pairs": len(group), "accuracy": stat(group)} for name, group in marks.items()}
     return rows | section_rows(marks)
 

@@ -6,12 +6,15 @@
 
 import gc
 import json
+import math
 import os
+import random
 import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # before the imports below read it: no test may reach for a network
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU
@@ -19,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"     # tiny tensors: a second thread gains li
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM)
@@ -27,20 +31,26 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+import eval as evaluation
 import generate
+import sso
+from plumbing.examples import read_examples
+from plumbing.models import load_chat
 from plumbing.recipes import change, read_recipe
+from plumbing.records import read_json, read_jsonl
 from toy import world
 
 CHATML = ("{%- if messages[0]['role'] != 'system' and DEFAULT %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
           "{%- for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n"
           "{% if enable_thinking is defined and enable_thinking is false %}THINK{% endif %}{% endif %}")
+CHATML_TOKENS = ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]
 KINDS = {   # family -> (config, model, chat template, special tokens: the end of turn, the end of text, others)
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, CHATML.replace("DEFAULT", "true").replace("THINK", ""),
-              ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]),
+              CHATML_TOKENS),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM,
               CHATML.replace("DEFAULT", "false").replace("THINK", "<think>\n\n</think>\n\n"),
-              ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]),
+              CHATML_TOKENS),
     "llama": (LlamaConfig, LlamaForCausalLM,
               "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
               "{{ m['content'] }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
@@ -96,18 +106,22 @@ def qwen3(tmp_path_factory):
 PAPER = read_recipe()
 TOY = change(read_recipe(world.RECIPE), principles={"batch_size": 16}, responses={"batch_size": 16})
 TOY_BASE = world.BASE       # for reading alone
+GRADER, _ = evaluation.load_critic(grader=world.__file__)
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests alone")
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_configure(config):
     """Without --slow all tests but those that are marked slow; with it these alone."""
-    slow = config.getoption("--slow")
-    kept = [item for item in items if (item.get_closest_marker("slow") is not None) == slow]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    config.option.markexpr = "slow" if config.getoption("--slow") else "not slow"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder as the current one."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -120,26 +134,100 @@ def toy_data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def toy_responses(toy_data):
+    return toy_data / "responses.jsonl"
+
+
+@pytest.fixture
+def toy_chat():
+    return load_chat(TOY_BASE)
+
+
+@pytest.fixture
+def toy_examples(toy_chat, toy_responses):
+    """The responses as the generator's examples."""
+    return read_examples(toy_responses, "sso", toy_chat, 256, TOY["prompts"])[0]
+
+
+@pytest.fixture(scope="session")
+def random_responses(tmp_path_factory):
+    """Five queries with responses of random letters. Some are cut off."""
+    rng = random.Random(0)
+
+    def text():
+        return "".join(rng.choices("abcdef .", k=rng.randint(5, 50))) + "."
+
+    records = []
+    for i in range(5):
+        record = {"prompt": text(), "good_principle": text(), "bad_principle": text()}
+        for column in sso.COLUMNS.values():
+            record |= {column: text(), f"{column}_finished": rng.random() < 0.5}
+        records.append(record)
+    return write_jsonl(tmp_path_factory.mktemp("random") / "responses.jsonl", records)
+
+
+def naive_logp(model, prompt, response):
+    """log π(y|x) by a Python loop over one unpadded sequence: the model's own logits, a softmax a token."""
+    logits = model(torch.tensor([prompt + response])).logits[0].double()
+    total = 0
+    for i, token in enumerate(response):
+        total = total + torch.log(torch.softmax(logits[len(prompt) + i - 1], -1)[token])
+    return total
+
+
+def probability(chat, prompt, response):
+    """exp of the mean log-probability of a token of a response to chat messages."""
+    ids = sso.encode_response(chat.tokenizer, chat.end_id, response)
+    logp = naive_logp(chat.model, sso.encode_prompt(chat.tokenizer, prompt), ids)
+    return math.exp(logp.item() / len(ids))
+
+
+def texts(path, column):
+    return [record[column][-1]["content"] for record in read_jsonl(path)]
+
+
+def log(folder):
+    """The rows of a training's log."""
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+def times(folder, pattern="*"):
+    """{file: when it was made}."""
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob(pattern) if path.is_file()}
+
+
+def change_json(path, **changes):
+    Path(path).write_text(json.dumps(read_json(path) | changes))
+
+
+def assert_same_weights(a, b, atol):
+    a, b = (load_file(f"{folder}/model.safetensors") for folder in (a, b))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol)
+
+
 def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
-def command(*words, check=True, **kwargs):
+def command(*words):
     """Run a command line as a user would, from the repository's root."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **kwargs)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def run_here(line, monkeypatch):
+def run_here(line, *unused):
     """Run a command line, "python SCRIPT.py ..." or "python -m lab.MODULE ...", in this process and the current folder:
-    as the user's, without the seconds of imports."""
+    as the user's, without the seconds of imports. (Some callers still give it their monkeypatch.)"""
     _, *words = shlex.split(line)
     if words[0] == "-m":
         words[:2] = [words[1].replace(".", "/") + ".py"]
-    monkeypatch.setattr(sys, "argv", words)
-    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    with mock.patch.object(sys, "argv", words):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
 def pytest_collection_finish(session):

@@ -4,23 +4,23 @@ says what is wrong."""
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from conftest import ROOT, TOY_BASE, run_here, write_jsonl
+from conftest import ROOT, change_json, log, run_here, write_jsonl
 from plumbing.checkpoint import Progress
 from plumbing.outputs import fingerprint
 from plumbing.records import split_queries
-from toy import world
 
+pytestmark = pytest.mark.usefixtures("place")
 RECORD = {"prompt": "Why?", "good_principle": "Be kind.", "bad_principle": "Be rude.", "chosen": "So.",
           "rejected": "No.",
           "original": "Well."}
@@ -50,14 +50,12 @@ NONE, PROMPT = "line 1: not a JSON object", "line 1: 'prompt' is neither a text 
 for name, text, expected in (
         ("empty file", "", "an empty file"), ("blank file", " \n\n", "an empty file"),
         ("no JSON", '{"prompt": "a"}\nb', "line 2: not a JSON object"),
-        ("line cut off", '{"prompt": "a"}\n{"prom', "line 2: not a JSON object"),
         ("blank line between", '{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not a JSON object"),
-        ("list", '["a"]', NONE), ("number", "7", NONE), ("text", '"a"', NONE), ("null", "null", NONE),
+        ("list", '["a"]', NONE),
         ("one JSON list of records", '[{"prompt": "a"},\n{"prompt": "b"}]', NONE),
         ("not UTF-8", b'{"prompt": "\xff"}', NONE), ("half a surrogate pair", '{"prompt": "\\ud800"}', NONE),
-        ("NUL bytes", b"\0\0\0", NONE), ("nested too deep", '{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}", NONE),
+        ("nested too deep", '{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}", NONE),
         ("no prompt", '{"text": "a"}', "line 1: a record without a 'prompt'"),
-        ("empty prompt", '{"prompt": ""}', "line 1: the last message of 'prompt' is empty"),
         ("blank prompt", '{"prompt": " \\n"}', "line 1: the last message of 'prompt' is empty"),
         ("prompt null", '{"prompt": null}', "line 1: a record without a 'prompt'"),
         ("prompt a number", '{"prompt": 7}', PROMPT),
@@ -67,14 +65,10 @@ for name, text, expected in (
         ("message without role", '{"prompt": [{"content": "a"}]}', PROMPT),
         ("message without content", '{"prompt": [{"role": "user"}]}', PROMPT),
         ("content null", '{"prompt": [{"role": "user", "content": null}]}', PROMPT),
-        ("content empty", '{"prompt": [{"role": "user", "content": " "}]}',
-         "line 1: the last message of 'prompt' is empty"),
         ("unknown role", '{"prompt": [{"role": "boss", "content": "a"}]}',
          "line 1: .*role 'boss'; known are system, user"),
         ("query of the assistant", '{"prompt": [{"role": "assistant", "content": "a"}]}',
          "line 1: the last message of .* is of the ass"),
-        ("query of two messages", json.dumps({"prompt": [message("user"), message("user")]}),
-         "line 1: a query is one user"),
         ("Alpaca's input", '{"instruction": "a", "input": "b"}', "line 1: an 'input' beside 'instruction'"),
         ("instruction a list", '{"instruction": ["a"]}', PROMPT)):
     CASES[f"queries: {name}"] = (QUERIES, {"bad.jsonl": text}, f"bad.jsonl(, |: ){expected}")
@@ -116,9 +110,7 @@ CASES["pairs: no yo for a generator"] = (GENERATOR, {"bad.jsonl": line(original=
                                          "line 1: a record without 'original', needed for objective 'sso'")
 for name, changes, words, reason in (
         ("all equal", {"rejected": "So. "}, "", "chosen equals rejected"),
-        ("all empty", {"chosen": " "}, "", "empty response"),
         ("nothing but an end token", {"chosen": "<|im_end|>\n"}, "", "empty response"),
-        ("no room for the prompt", {}, " --set policy.max_length=8", "no room behind the prompt in max_length 8"),
         ("equal up to the cut", {"chosen": "So, so.", "rejected": "So, no."}, " --set policy.max_length=45",
          "chosen equals rejected up to max_length")):
     CASES[f"pairs: {name}"] = (POLICY + words, {"bad.jsonl": line(**changes)},
@@ -168,7 +160,6 @@ for name, words, expected in (
          "model none/such: .*; offline, fetch it where there is"),
         ("no principle model", RUN + " --principle-model none/such", "model none/such: "),
         ("no judge", RUN + " --judge none/such", "model none/such: "),
-        ("no judge of the toy", TOY + " --judge no", "model no: "),
         ("a setting of another stage", RUN + " --set generator.lr=-1", "generator.lr = -1.0 is not between"),
         ("unknown objective", TOY + " --objective none", "argument --objective: invalid choice: 'none'"),
         ("model alone", TOY + " --model model", "--model and --queries go together"),
@@ -178,7 +169,6 @@ for name, words, expected in (
         ("server for nothing", RUN + " --server http://localhost:1/v1",
          "--server goes with --principle-model or --judge"),
         ("two critics", ANSWERS + " --grader grader.py --judge model", "--grader and --judge exclude each other"),
-        ("judge pairs 0", ANSWERS + " --judge model --judge-pairs 0", "--judge-pairs is at least 1"),
         ("server that is not there", ANSWERS + " --judge m --server http://localhost:1/v1",
          "--server http://localhost:1/v1"),
         ("a toy world that is none", "python -m toy.world principles --world x --queries toy.jsonl --out new.jsonl",
@@ -195,20 +185,16 @@ for name, text, expected in (
         ("fails", "def grade(q, r, f): return {}[q]", ", on the query 'When\\?': KeyError"),
         ("too many", "def grade(q, r, f): return 2", ", on the query 'When\\?': 2.0 is no mark from 0 to 1"),
         ("NaN", "def grade(q, r, f): return float('nan')", ", on the query 'When\\?': nan is no mark"),
-        ("a text", "def grade(q, r, f): return 'good'", ", on the query 'When\\?': ValueError"),
-        ("of one argument", "def grade(q): return 1", ", on the query 'When\\?': TypeError")):
+        ("a text", "def grade(q, r, f): return 'good'", ", on the query 'When\\?': ValueError")):
     CASES[f"grader: {name}"] = (ANSWERS + " --grader bad.py", {"bad.py": text}, "--grader bad.py" + expected)
 CASES["grader: no file"] = (ANSWERS + " --grader bad.py", {}, "--grader bad.py: no such file")
 for name, text, expected in (
         ("no TOML", "[policy", "Expected ']'"), ("no section", "lr = 1.0", "has no 'lr'"),
         ("unknown setting", "[policy]\nlrr = 1.0", "policy: has no 'lrr'; it has objective"),
         ("section a number", "policy = 1", "policy = 1 is not of the type of {"),
-        ("wrong type", "[policy]\nlr = 'x'", "policy: lr = 'x' is not of the type of 5e-07"),
         ("not UTF-8", b"\xff", ".*utf-8"), ("nested too deep", "a = " + "[" * 100_000, "")):
     CASES[f"recipe: {name}"] = (f"{POLICY} --recipe bad.toml", {"bad.jsonl": GOOD, "bad.toml": text},
                                 f"bad.toml: {expected}")
-CASES["recipe: out of range"] = (f"{POLICY} --recipe bad.toml", {"bad.jsonl": GOOD, "bad.toml": "[policy]\nlr = inf"},
-                                 "policy.lr = inf is not between")
 
 # ---- What stands in the place of an output
 for name, words, texts, expected in (
@@ -216,10 +202,8 @@ for name, words, texts, expected in (
          "new.jsonl exists and was not made by this command; choose another --out"),
         ("foreign partial", RESPONSES, {"new.jsonl.partial": "mine"},
          "new.jsonl.partial exists and was not made by this"),
-        ("note empty", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": ""},
-         "new.jsonl.args.json: not the JSON .* delete"),
         ("note cut", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": '{"temp'},
-         "new.jsonl.args.json: not the JSON "),
+         "new.jsonl.args.json: not the JSON .* delete"),
         ("note a list", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": "[]"},
          "new.jsonl.args.json: not written by a"),
         ("note of another", RESPONSES, {"new.jsonl": "x", "new.jsonl.args.json": "{}"},
@@ -234,7 +218,6 @@ for name, words, texts, expected in (
          "--out good.jsonl/new: nothing can be written"),
         ("where nobody may write", RESPONSES.replace("new", "/proc/x/new"), {},
          "--out /proc/x/new.jsonl: nothing can be wr"),
-        ("report empty", "python eval.py report run", {"run/report.json": ""}, "run/report.json: not the JSON"),
         ("report foreign", "python eval.py report run", {"run/report.json": "[1]"}, "run/report.json: not written by")):
     CASES[f"output: {name}"] = (words, {"bad.jsonl": GOOD} | texts, expected)
 
@@ -247,11 +230,6 @@ def remove(path, file):
 
 def write(path, file, text):
     (path / file).write_text(text)
-
-
-def change_json(path, file, **changes):
-    content = json.loads((path / file).read_text())
-    write(path, file, json.dumps(content | changes))
 
 
 def template(path, text):
@@ -286,7 +264,7 @@ NORM = "model.norm.weight"
 WEIGHTS = {     # name -> what is done to the weights of a good checkpoint, the line
     "none": (lambda path: remove(path, "model.safetensors"), ""),
     "cut": (lambda path: os.truncate(path / "model.safetensors", 3000), ""),
-    "no weights": (lambda path: write(path, "model.safetensors", "mine"), ""), "pickled alone": (pickle_weights, ""),
+    "pickled alone": (pickle_weights, ""),
     "a tensor missing": (lambda path: change_weights(path, lambda weights: weights.pop(NORM)),
                          f"its files lack 1 tensors of the model, such as {NORM}; they would be random"),
     "a tensor of another shape": (
@@ -298,14 +276,13 @@ MODELS = {      # name -> what is done to all but the weights of a good checkpoi
     "empty folder": (lambda path: [file.unlink() for file in path.iterdir()], ""),
     "an adapter": (lambda path: write(path, "adapter_config.json", "{}"), "an adapter; merge it into its model"),
     "a folder of a GGUF file": (gguf_alone, "a GGUF file; `python -m lab.gguf` makes a checkpoint folder of it"),
-    "quantised": (lambda path: change_json(path, "config.json", quantization_config={"quant_method": "bitsandbytes"}),
+    "quantised": (lambda path: change_json(path / "config.json", quantization_config={"quant_method": "bitsandbytes"}),
                   "its weights are quantised, and cannot be trained; use the original ones"),
     "no cache": (lambda path: MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1).save_pretrained(path),
                  "MambaForCausalLM has no cache of keys and values, which sampling needs"),
-    "too large": (lambda path: change_json(path, "config.json", vocab_size=10**12),
+    "too large": (lambda path: change_json(path / "config.json", vocab_size=10**12),
                   r"it takes \d.* GB of memory, .* free"),
     "config no JSON": (lambda path: write(path, "config.json", "{"), ""),
-    "config of no model": (lambda path: write(path, "config.json", '{"model_type": "none"}'), ""),
     "code of its own": (lambda path: write(path, "config.json", json.dumps(
         {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}})), ""),
     "tokenizer no JSON": (lambda path: write(path, "tokenizer.json", "{"), ""),
@@ -331,76 +308,74 @@ MODELS = {      # name -> what is done to all but the weights of a good checkpoi
 
 # ---- The tests -----------------------------------------------------------------------------------
 
-def contents(folder):
-    """{file: bytes} of all that exists."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents():
+    """{file: bytes} of all that exists in the current folder."""
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
 @pytest.fixture
-def place(qwen3, tmp_path, monkeypatch):
+def place(qwen3, here):
     """The current folder: a model, a grader, a good file, answers to another query."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(qwen3)
-    (tmp_path / "good.jsonl").write_text(GOOD.replace("Why?", "When?", 1))
-    (tmp_path / "other.jsonl").write_text(line(prompt="Where?"))
-    (tmp_path / "grader.py").write_text("def grade(query, response, finished):\n    return 1\n")
-    return tmp_path
+    Path("model").symlink_to(qwen3)
+    Path("good.jsonl").write_text(GOOD.replace("Why?", "When?", 1))
+    Path("other.jsonl").write_text(line(prompt="Where?"))
+    Path("grader.py").write_text("def grade(query, response, finished):\n    return 1\n")
 
 
-def ends_in_one_line(words, expected, folder, monkeypatch, capsys):
+def ends_in_one_line(words, expected, capsys):
     """It does, its code is not zero, and what there was is as it was. Returns the new files."""
-    before = contents(folder)
+    before = contents()
     with pytest.raises(SystemExit) as end:
-        run_here(words, monkeypatch)
+        run_here(words)
     said = end.value.code
     if said == 2:                       # argparse's: its own last line
         said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: " in said and "\n" not in said and re.search(expected, said), said
-    after = contents(folder)
+    after = contents()
     assert {path: after.get(path) for path in before} == before
     return after.keys() - before.keys()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_ends_in_one_line_before_anything_is_loaded_or_written(name, place, monkeypatch, capsys):
+def test_bad_input_ends_in_one_line_before_anything_is_loaded_or_written(name, monkeypatch, capsys):
     words, texts, expected = CASES[name]
     for file, text in texts.items():
-        (place / file).parent.mkdir(exist_ok=True)
-        (place / file).write_bytes(text.encode() if isinstance(text, str) else text)
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_bytes(text.encode() if isinstance(text, str) else text)
     late = "longer than the context" in name        # only the model's tokenizer says how long it is
     if not late:
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    new = ends_in_one_line(words, expected, place, monkeypatch, capsys)
+    new = ends_in_one_line(words, expected, capsys)
     assert not new or late, new
 
 
 @pytest.mark.parametrize("name", [*MODELS, *(f"weights: {name}" for name in WEIGHTS)])
-def test_a_bad_model_ends_in_one_line(name, place, qwen3, monkeypatch, capsys):
-    shutil.copytree(qwen3, place / "bad")
+def test_a_bad_model_ends_in_one_line(name, qwen3, monkeypatch, capsys):
+    shutil.copytree(qwen3, "bad")
     if name in MODELS:
         spoil, expected = MODELS[name]
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     else:
         spoil, expected = WEIGHTS[name.removeprefix("weights: ")]
-    spoil(place / "bad")
+    spoil(Path("bad"))
     words = RESPONSES.replace("--model model", "--model bad").replace("bad.jsonl", "good.jsonl")
-    assert not ends_in_one_line(words, f"^error: model bad: {expected}", place, monkeypatch, capsys)
+    assert not ends_in_one_line(words, f"^error: model bad: {expected}", capsys)
 
 
-def test_a_pad_token_beyond_the_embedding_is_no_trouble(place, qwen3, monkeypatch):
+def test_a_pad_token_beyond_the_embedding_is_no_trouble(qwen3):
     """Another id pads."""
-    shutil.copytree(qwen3, place / "bad")
-    extra_token(place / "bad", "<pad>")
-    change_json(place / "bad", "tokenizer_config.json", pad_token="<pad>")
-    (place / "bad.jsonl").write_text(line() + "\n" + line(prompt="Why not?", chosen="So it is."))
+    shutil.copytree(qwen3, "bad")
+    extra_token(Path("bad"), "<pad>")
+    change_json("bad/tokenizer_config.json", pad_token="<pad>")
+    Path("bad.jsonl").write_text(line() + "\n" + line(prompt="Why not?", chosen="So it is."))
     for words in (RESPONSES + " --set responses.max_new_tokens=2", POLICY):
-        run_here(words.replace("--model model", "--model bad"), monkeypatch)
-    assert (place / "new.jsonl").exists() and (place / "new/model.safetensors").exists()
+        run_here(words.replace("--model model", "--model bad"))
+    assert Path("new.jsonl").exists() and Path("new/model.safetensors").exists()
 
 
 # ---- What is not a bad file ----------------------------------------------------------------------
 
-def test_the_second_of_two_processes_at_one_output_ends_in_one_line(place, monkeypatch, capsys):
+def test_the_second_of_two_processes_at_one_output_ends_in_one_line(capsys):
     """A training's folder, and a file. Beside them another may work; and the death of the holder ends its lock."""
     outs = {"runs/x": POLICY.replace("new", "runs/x"), "runs/y.jsonl": RESPONSES.replace("new.jsonl", "runs/y.jsonl")}
     hold = ("import sys, plumbing.command as c\n"
@@ -408,99 +383,100 @@ def test_the_second_of_two_processes_at_one_output_ends_in_one_line(place, monke
     with subprocess.Popen([sys.executable, "-c", hold, *outs], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}) as holder:
         holder.stdout.readline()
-        (place / "bad.jsonl").write_text(GOOD)
+        Path("bad.jsonl").write_text(GOOD)
         for out, words in outs.items():
             ends_in_one_line(words, f"another process is at work on {out}; wait for its end, or choose another --out",
-                             place, monkeypatch, capsys)
-        run_here(RESPONSES.replace("new", "runs/z") + " --set responses.max_new_tokens=2", monkeypatch)
+                             capsys)
+        run_here(RESPONSES.replace("new", "runs/z") + " --set responses.max_new_tokens=2")
         holder.kill()
     for words in outs.values():
-        run_here(words + " --set responses.max_new_tokens=2", monkeypatch)
-    assert not list((place / "runs").glob(".*"))
+        run_here(words + " --set responses.max_new_tokens=2")
+    assert not list(Path("runs").glob(".*"))
 
 
-def interrupt_training(place, monkeypatch):
+def interrupt_training(monkeypatch):
     """SIGTERM within the first update. Returns the command."""
-    log = Progress.log
+    write_row = Progress.log
 
     def log_and_stop(progress, row):
         os.kill(os.getpid(), signal.SIGTERM)
-        log(progress, row)
+        write_row(progress, row)
 
-    (place / "bad.jsonl").write_text(GOOD)
+    Path("bad.jsonl").write_text(GOOD)
     words = POLICY + " --set policy.epochs=2"
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; the same command continues"):
         patch.setattr(Progress, "log", log_and_stop)
-        run_here(words, patch)
-    assert len((place / "new.partial/log.jsonl").read_text().splitlines()) == 1
-    assert torch.load(place / "new.partial/checkpoint.pt")["step"] == 1
+        run_here(words)
+    assert len(log("new.partial")) == 1
+    assert torch.load("new.partial/checkpoint.pt")["step"] == 1
     return words
 
 
-def test_a_full_disk_is_one_line_and_the_command_goes_on(place, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_command_goes_on(monkeypatch):
     """The device /dev/full stands where the file is to be."""
-    training = interrupt_training(place, monkeypatch)
+    training = interrupt_training(monkeypatch)
     sampling = RESPONSES + " --set responses.max_new_tokens=2"
     monkeypatch.setattr("plumbing.checkpoint.SAVE_SECONDS", 0)
     for words, file in ((sampling, "new.jsonl.tmp"), (training, "new.partial/checkpoint.tmp"),
                         (training, "new.partial/config.json")):
-        (place / file).symlink_to("/dev/full")
+        Path(file).symlink_to("/dev/full")
         with pytest.raises(SystemExit, match="^error: .*no disk space[^\n]*$"):
-            run_here(words, monkeypatch)
-        (place / file).unlink(missing_ok=True)
-    run_here(sampling, monkeypatch)
-    run_here(training, monkeypatch)
-    assert (place / "new.jsonl").exists() and len((place / "new/log.jsonl").read_text().splitlines()) == 2
+            run_here(words)
+        Path(file).unlink(missing_ok=True)
+    run_here(sampling)
+    run_here(training)
+    assert Path("new.jsonl").exists() and len(log("new")) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"cut", None])
-def test_a_checkpoint_that_is_none_is_one_line(content, place, monkeypatch, capsys):
-    words = interrupt_training(place, monkeypatch)
-    checkpoint = place / "new.partial/checkpoint.pt"
+def test_a_checkpoint_that_is_none_is_one_line(content, monkeypatch, capsys):
+    words = interrupt_training(monkeypatch)
+    checkpoint = Path("new.partial/checkpoint.pt")
     if content is None:
         torch.save({"step": 1, "model": {}}, checkpoint)
     else:
         checkpoint.write_bytes(content)
     ends_in_one_line(words, "new.partial/checkpoint.pt: not a checkpoint of this training .*; delete it to start over",
-                     place, monkeypatch, capsys)
+                     capsys)
 
 
-def test_a_partial_file_of_something_else_is_refused(place, monkeypatch, capsys):
-    (place / "bad.jsonl").write_text(GOOD)
+def test_a_partial_file_of_something_else_is_refused(capsys):
+    Path("bad.jsonl").write_text(GOOD)
     words = RESPONSES + " --set responses.max_new_tokens=2"
-    run_here(words, monkeypatch)
-    (place / "new.jsonl").unlink()
+    run_here(words)
+    Path("new.jsonl").unlink()
     for left in ("mine", "[1]", '{"one": {}}'):
-        (place / "new.jsonl.partial").write_text(left + "\n")
-        ends_in_one_line(words, "new.jsonl.partial: not what this command began; delete it", place, monkeypatch, capsys)
+        Path("new.jsonl.partial").write_text(left + "\n")
+        ends_in_one_line(words, "new.jsonl.partial: not what this command began; delete it", capsys)
 
 
-def test_a_bug_of_this_project_shows_its_traceback(place, monkeypatch):
+def test_a_bug_of_this_project_shows_its_traceback(monkeypatch):
     monkeypatch.setattr("plumbing.outputs.grow", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run_here(RESPONSES.replace("bad", "good"), monkeypatch)
+        run_here(RESPONSES.replace("bad", "good"))
 
 
-def test_all_of_an_input_counts_for_its_identity(place, qwen3):
-    """The last byte of data; of a checkpoint its template and settings, not its log."""
+def test_all_of_an_input_counts_for_its_identity(qwen3):
+    """The last byte of data; of a checkpoint its weights, template and settings, not its log."""
     seen = set()
     for last in "ab":
-        (place / "big.jsonl").write_text("a" * 2**21 + last)
-        os.utime(place / "big.jsonl", ns=(1, ord(last)))
-        seen.add(fingerprint(place / "big.jsonl"))
-    copy = shutil.copytree(qwen3, place / "copy")
-    seen.add(fingerprint(copy))
-    for name in ("chat_template.jinja", "config.json", "tokenizer_config.json"):
-        write(copy, name, (copy / name).read_text() + "\n")
-        seen.add(fingerprint(copy))
-    write(copy, "log.jsonl", "{}")
-    assert len(seen) == 6 and fingerprint(copy) in seen
+        Path("big.jsonl").write_text("a" * 2**21 + last)
+        os.utime("big.jsonl", ns=(1, ord(last)))
+        seen.add(fingerprint("big.jsonl"))
+    shutil.copytree(qwen3, "copy")
+    seen.add(fingerprint("copy"))
+    for name in ("chat_template.jinja", "config.json", "model.safetensors", "tokenizer_config.json"):
+        content = Path("copy", name).read_bytes()
+        Path("copy", name).write_bytes(content[:-1] + b"!")         # of the same size
+        seen.add(fingerprint("copy"))
+    Path("copy/log.jsonl").write_text("{}")
+    assert len(seen) == 7 and fingerprint("copy") in seen
 
 
-def test_a_query_that_is_there_twice_is_counted_and_on_one_side_of_the_split(place, capsys):
-    write_jsonl(place / "twice.jsonl", [{"prompt": f"q{number % 20}"} for number in range(200)])
+def test_a_query_that_is_there_twice_is_counted_and_on_one_side_of_the_split(capsys):
+    write_jsonl("twice.jsonl", [{"prompt": f"q{number % 20}"} for number in range(200)])
     _, held = split_queries("twice.jsonl", None, seed=0)
-    write_jsonl(place / "held.jsonl", held)
+    write_jsonl("held.jsonl", held)
     for given in (None, "held.jsonl"):
         parts = split_queries("twice.jsonl", given, seed=0)
         queries, held = [{record["prompt"][0]["content"] for record in part} for part in parts]

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,9 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 import generate
 import sso
-from conftest import PAPER, TOY, TOY_BASE, run_here, write_jsonl
+from conftest import PAPER, TOY, TOY_BASE, run_here, texts, write_jsonl
 from plumbing import sampling
-from plumbing.examples import read_examples, teaches_nothing
-from plumbing.models import inspect_chat, load_chat, load_weights
+from plumbing.examples import teaches_nothing
 from plumbing.principles import with_principles
 from plumbing.recipes import change
 from plumbing.records import UserError, read_jsonl
@@ -21,17 +21,14 @@ from plumbing.sampling import decode, draw, load_sampler, sample
 from test_models import CHATS, GREEDY, build, greedy_alone
 from toy import world
 
+pytestmark = pytest.mark.usefixtures("here")
 PREFIXED = [[{"role": "system", "content": "Be kind and brief. " * 5}] + messages for messages in CHATS]
 WARM = TOY["responses"]
 
 
 @pytest.fixture(scope="module")
-def toy_chat():
+def toy_sampler():
     return load_sampler(TOY_BASE)
-
-
-def texts_of(path, column):
-    return [record[column][-1]["content"] for record in read_jsonl(path)]
 
 
 def spy(chat, monkeypatch):
@@ -72,48 +69,40 @@ def test_tokens_are_drawn_from_what_transformers_keeps_as_often_as_it_says(tempe
     assert draw(logits, None, 0, top_p).equal(logits.argmax(1))
 
 
-def test_an_answer_depends_on_its_prompt_and_seed_alone(toy_chat, toy_data, tmp_path):
+def test_an_answer_depends_on_its_prompt_and_seed_alone(toy_sampler, toy_data):
     """Not on who stands beside it, on the order, or on the batch size. The seed holds the role as well."""
     prompts = [record["prompt"] for record in read_jsonl(toy_data / "queries.jsonl")]
     seeds = [f"{number}" for number in range(len(prompts))]
-    together = sample(toy_chat, prompts, seeds, WARM).responses
-    assert sample(toy_chat, prompts[::-1], seeds[::-1], WARM).responses == together[::-1]
+    together = sample(toy_sampler, prompts, seeds, WARM).responses
+    assert sample(toy_sampler, prompts[::-1], seeds[::-1], WARM).responses == together[::-1]
     for prompt, seed, response in list(zip(prompts, seeds, together))[:12]:
-        assert sample(toy_chat, [prompt], [seed], WARM).responses == [response]
+        assert sample(toy_sampler, [prompt], [seed], WARM).responses == [response]
     for seed in (0, 1):
         recipe = change(TOY, run={"seed": seed}, responses={"batch_size": 5})
-        generate.responses(TOY_BASE, toy_data / "principles.jsonl", tmp_path / f"{seed}", recipe)
-    assert (tmp_path / "0").read_bytes() == (toy_data / "responses.jsonl").read_bytes() != (tmp_path / "1").read_bytes()
+        generate.responses(TOY_BASE, toy_data / "principles.jsonl", f"{seed}", recipe)
+    assert Path("0").read_bytes() == (toy_data / "responses.jsonl").read_bytes() != Path("1").read_bytes()
     twins = [{"prompt": "name three tools except : axe", "good_principle": "be", "bad_principle": "be"}] * 8
-    generate.responses(TOY_BASE, write_jsonl(tmp_path / "twins.jsonl", twins), tmp_path / "t", TOY, ["good", "bad"])
-    good, bad = texts_of(tmp_path / "t", "chosen"), texts_of(tmp_path / "t", "rejected")
+    generate.responses(TOY_BASE, write_jsonl("twins.jsonl", twins), "t", TOY, ["good", "bad"])
+    good, bad = texts("t", "chosen"), texts("t", "rejected")
     assert len(set(good)) > 1 and good != bad
 
 
-def test_attention_read_eagerly_gives_the_same_answers(checkpoint):
-    chat = load_sampler(checkpoint)
-    eager = load_weights(inspect_chat(checkpoint), checkpoint, attn_implementation="eager").model
-    assert (chat.model.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
-    answers = sample(chat, PREFIXED, [""] * 4, GREEDY)
-    assert sample(chat._replace(model=eager), PREFIXED, [""] * 4, GREEDY) == answers
-
-
-def test_rows_whose_answers_are_over_leave_once_they_are_more_than_a_quarter(toy_chat, monkeypatch):
+def test_rows_whose_answers_are_over_leave_once_they_are_more_than_a_quarter(toy_sampler, monkeypatch):
     lengths = [3, 8, 1, 5, 7, 2, 6, 4]
-    shapes = spy(toy_chat, monkeypatch)
+    shapes = spy(toy_sampler, monkeypatch)
 
     def choose(logits, rows):       # a row says its own number plus ten, and at its end 2
         step = len(shapes)
         return torch.tensor([2 if lengths[i] <= step else 10 + i for i in rows])
 
-    answers = decode(toy_chat, [[5, 6], [7]] * 4, choose, lambda i, ids: ids[-1] == 2)
+    answers = decode(toy_sampler, [[5, 6], [7]] * 4, choose, lambda i, ids: ids[-1] == 2)
     assert answers == [[10 + i] * (length - 1) + [2] for i, length in enumerate(lengths)]
     assert shapes == [(8, 2), (8, 1), (8, 1), (5, 1), (5, 1), (3, 1), (2, 1), (1, 1)]
 
 
-def test_what_prompts_begin_with_is_read_once_where_the_model_reads_that_right(checkpoint, tmp_path, monkeypatch):
+def test_what_prompts_begin_with_is_read_once_where_the_model_reads_that_right(checkpoint, monkeypatch):
     chat = load_sampler(checkpoint)
-    assert chat.shares_prefix and not load_sampler(build("OLMo 3", tmp_path)).shares_prefix
+    assert chat.shares_prefix and not load_sampler(build("OLMo 3", Path.cwd())).shares_prefix
     encoded = [sso.encode_prompt(chat.tokenizer, messages) for messages in PREFIXED]
     shared = len(os.path.commonprefix(encoded))
     width = max(map(len, encoded))
@@ -164,16 +153,14 @@ def test_an_answer_that_is_begun_is_gone_on_with(qwen3):
 
 # ---- Principles ----------------------------------------------------------------------------------
 
-def test_principles_from_a_file_are_the_querys_own_or_two_general_ones(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_principles_from_a_file_are_the_querys_own_or_two_general_ones():
     general = [{"good_principle": f"g{i}.", "bad_principle": f"b{i}."} for i in range(4)]
     own = {"prompt": "Mine?", "good_principle": "mine, good", "bad_principle": "mine, bad"}
-    write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Mine?", "n": 1}] + [{"prompt": f"Yours {i}?"} for i in range(60)])
-    write_jsonl(tmp_path / "w.jsonl", [*general, own])
+    write_jsonl("q.jsonl", [{"prompt": "Mine?", "n": 1}] + [{"prompt": f"Yours {i}?"} for i in range(60)])
+    write_jsonl("w.jsonl", [*general, own])
     drawn = []
     for seed in (0, 1):
-        run_here(f"python generate.py written --queries q.jsonl --principles w.jsonl --out p{seed} --seed {seed}",
-                 monkeypatch)
+        run_here(f"python generate.py written --queries q.jsonl --principles w.jsonl --out p{seed} --seed {seed}")
         first, *rest = read_jsonl(f"p{seed}")
         assert first.items() > {"good_principle": "mine, good", "bad_principle": "mine, bad", "n": 1}.items()
         drawn.append([record["good_principle"] for record in rest])
@@ -182,11 +169,9 @@ def test_principles_from_a_file_are_the_querys_own_or_two_general_ones(tmp_path,
         found = re.fullmatch(r"g(\d)\. g(\d)\.", text)
         assert found[1] != found[2]
     assert len(set(drawn[0])) > 8 and drawn[0] != drawn[1]
-    for records, message in (([own], "q.jsonl, line 2: .*w2.jsonl has no principles for it"),
-                             ([{"good_principle": "x"}], "w2.jsonl, line 1: a record without a 'bad_principle'")):
-        with pytest.raises(UserError, match=message):
-            generate.written(write_jsonl(tmp_path / "w2.jsonl", records), "q.jsonl", "p2", PAPER)
-        assert not list(tmp_path.glob("p2*"))
+    with pytest.raises(UserError, match="q.jsonl, line 2: .*w2.jsonl has no principles for it"):
+        generate.written(write_jsonl("w2.jsonl", [own]), "q.jsonl", "p2", PAPER)
+    assert not list(Path().glob("p2*"))
 
 
 EXAMPLE = {"query": "How far is the moon?", "bad": "Talk of cheese and of nothing else for many lines, please.",
@@ -212,7 +197,7 @@ def test_a_pair_of_principles_of_no_use_is_replaced_by_the_fixed_one_and_says_wh
         "n": 1, "fallback": fault, "good_principle": kept[0], "bad_principle": kept[1]}
 
 
-def test_principles_are_made_in_two_stages_of_a_begun_answer(qwen3, tmp_path, monkeypatch, capsys):
+def test_principles_are_made_in_two_stages_of_a_begun_answer(qwen3, monkeypatch, capsys):
     """The second goes on from the first; a line's end, and what follows, is cut off; faults are counted."""
     asked = []
 
@@ -228,10 +213,10 @@ def test_principles_are_made_in_two_stages_of_a_begun_answer(qwen3, tmp_path, mo
         return sampling.Sampled([sso.Response(text, True) for text in texts], 1)
 
     monkeypatch.setattr("plumbing.principles.sample", fake)
-    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": text, "n": text} for text in ("A", "B", "CC", "D")])
-    generate.principles(qwen3, queries, tmp_path / "p.jsonl", change(FORM, principles={"batch_size": 2}))
+    queries = write_jsonl("q.jsonl", [{"prompt": text, "n": text} for text in ("A", "B", "CC", "D")])
+    generate.principles(qwen3, queries, "p.jsonl", change(FORM, principles={"batch_size": 2}))
     keys = ("n", "good_principle", "bad_principle", "fallback")
-    assert [tuple(map(record.get, keys)) for record in read_jsonl(tmp_path / "p.jsonl")] == [
+    assert [tuple(map(record.get, keys)) for record in read_jsonl("p.jsonl")] == [
         ("A", "Be good at A.", "Be bad at A.", None), ("B", *FIXED, "empty"),
         ("CC", "Be good at CC.", "Be bad at CC.", None), ("D", *FIXED, "good equals bad")]
     # The longest query is asked first.
@@ -244,29 +229,29 @@ def test_principles_are_made_in_two_stages_of_a_begun_answer(qwen3, tmp_path, mo
 
 # ---- Responses -----------------------------------------------------------------------------------
 
-def test_responses_stand_under_the_right_prompts_in_the_order_of_the_queries(toy_chat, toy_data, tmp_path):
+def test_responses_stand_under_the_right_prompts_in_the_order_of_the_queries(toy_sampler, toy_data):
     greedy = change(TOY, responses={"temperature": 0.0})
-    generate.responses(TOY_BASE, toy_data / "principles.jsonl", tmp_path / "r.jsonl", greedy)
-    records = read_jsonl(tmp_path / "r.jsonl")
+    generate.responses(TOY_BASE, toy_data / "principles.jsonl", "r.jsonl", greedy)
+    records = read_jsonl("r.jsonl")
     for role, column in sso.COLUMNS.items():
         messages = [sso.role_messages(role, record, world.PROMPTS) for record in records]
-        again = sample(toy_chat, messages, [""] * 48, greedy["responses"]).responses
+        again = sample(toy_sampler, messages, [""] * 48, greedy["responses"]).responses
         assert [sso.record_response(record, role) for record in records] == again, role
-    queries = texts_of(toy_data / "queries.jsonl", "prompt")
-    assert texts_of(tmp_path / "r.jsonl", "prompt") == queries != sorted(queries, key=len, reverse=True)
+    queries = texts(toy_data / "queries.jsonl", "prompt")
+    assert texts("r.jsonl", "prompt") == queries != sorted(queries, key=len, reverse=True)
 
 
-def test_yo_is_sampled_for_the_first_queries_alone(toy_data, tmp_path):
+def test_yo_is_sampled_for_the_first_queries_alone(toy_data):
     """The first of the file, not of the order in which they are sampled."""
-    generate.responses(TOY_BASE, toy_data / "principles.jsonl", tmp_path / "r.jsonl", TOY, originals=7)
+    generate.responses(TOY_BASE, toy_data / "principles.jsonl", "r.jsonl", TOY, originals=7)
     expected = read_jsonl(toy_data / "responses.jsonl")
     for record in expected[7:]:
         del record["original"], record["original_finished"]
-    assert read_jsonl(tmp_path / "r.jsonl") == expected
+    assert read_jsonl("r.jsonl") == expected
 
 
-def test_an_interrupted_file_continued_has_the_same_bytes(toy_data, tmp_path, monkeypatch):
-    out, calls = tmp_path / "responses.jsonl", []
+def test_an_interrupted_file_continued_has_the_same_bytes(toy_data, monkeypatch):
+    out, calls = Path("responses.jsonl"), []
 
     def counting(chat, prompts, *others):
         calls.append(len(prompts))
@@ -280,7 +265,7 @@ def test_an_interrupted_file_continued_has_the_same_bytes(toy_data, tmp_path, mo
     monkeypatch.setattr(generate, "sample", counting)
     with pytest.raises(KeyboardInterrupt):
         again()
-    partial = tmp_path / "responses.jsonl.partial"
+    partial = Path("responses.jsonl.partial")
     first, second, rest = partial.read_text().split("\n")
     assert not out.exists() and not rest
     partial.write_text(f"{first}\n{second[:-3]}")           # as if killed while it wrote the second batch
@@ -289,25 +274,19 @@ def test_an_interrupted_file_continued_has_the_same_bytes(toy_data, tmp_path, mo
     assert calls == [16] * 14           # the first batch is not made again
 
 
-def test_pairs_that_teach_nothing_are_skipped_in_training_and_counted(toy_data, tmp_path, monkeypatch, capsys):
+def test_pairs_that_teach_nothing_are_counted_where_they_are_sampled(toy_data, monkeypatch, capsys):
     """Of every three queries one gets equal responses, cut off, one an empty rejected one. All stay in the file."""
     def fake(chat, prompts, seeds, settings):
         texts = ["fig", "axe", "axe"] if "good" in seeds[0] else [" fig", "  ", "fox"]
         return sampling.Sampled([sso.Response(texts[i % 3], i % 3 > 0) for i in range(len(prompts))], 1)
 
     monkeypatch.setattr(generate, "sample", fake)
-    out = tmp_path / "pairs.jsonl"
     recipe = change(TOY, responses={"batch_size": 48})
-    generate.responses(TOY_BASE, toy_data / "principles.jsonl", out, recipe, roles=("good", "bad"))
+    generate.responses(TOY_BASE, toy_data / "principles.jsonl", "pairs.jsonl", recipe, roles=("good", "bad"))
     printed = capsys.readouterr().out
     assert "48 records; cut off by max_new_tokens: {'good': '33.3%', 'bad': '33.3%'}; skipped in training: {" in printed
     assert "'chosen equals rejected': 16" in printed and "'empty response': 16" in printed
     assert "warning: responses are cut off so often" in printed
-    chat = load_chat(TOY_BASE)
-    examples, skipped = read_examples(out, "policy", chat, 256)
-    assert skipped == {"chosen equals rejected": 16, "empty response": 16}
-    texts = {tuple(map(chat.tokenizer.decode, pair[1:])) for [pair] in examples}
-    assert texts == {("axe <|im_end|>", "fox <|im_end|>")}
 
 
 def test_an_example_of_several_terms_is_skipped_only_if_all_of_them_are_equal():
@@ -320,14 +299,14 @@ def test_an_example_of_several_terms_is_skipped_only_if_all_of_them_are_equal():
     assert teaches_nothing([other, pair("a", " ")]) == teaches_nothing([pair("\n", "b"), other]) == "empty response"
 
 
-def test_near_the_context_an_answer_does_not_depend_on_a_longer_prompt_beside_it(toy_chat):
+def test_near_the_context_an_answer_does_not_depend_on_a_longer_prompt_beside_it(toy_sampler):
     """Each prompt has its own room; and what an answer begins with counts as a part of its prompt."""
     short, long = ([{"role": "user", "content": text}] for text in (
         "sort these words : plum axe red fox", "sort these words : " + "fox " * 20))
     settings = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 24}
-    alone, = sample(toy_chat, [short], ["0"], settings).responses
-    room = len(sso.encode_prompt(toy_chat.tokenizer, long)) + 3
-    beside, cut = sample(toy_chat._replace(context=room), [short, long], ["0", "0"], settings).responses
+    alone, = sample(toy_sampler, [short], ["0"], settings).responses
+    room = len(sso.encode_prompt(toy_sampler.tokenizer, long)) + 3
+    beside, cut = sample(toy_sampler._replace(context=room), [short, long], ["0", "0"], settings).responses
     assert beside == alone and alone.finished and len(cut.text.split()) <= 3
     with pytest.raises(UserError, match="leaves no room in the model's context"):
-        sample(toy_chat._replace(context=room), [long], ["0"], settings, ["fox fox fox"])
+        sample(toy_sampler._replace(context=room), [long], ["0"], settings, ["fox fox fox"])

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import eval as evaluation
 import generate
 import sso
-from conftest import TOY, TOY_BASE, run_here, write_jsonl
+from conftest import GRADER, TOY, TOY_BASE, log, run_here, texts, times, write_jsonl
 from lab import arms, figures, reward, study
 from plumbing import scoring
 from plumbing.examples import read_examples
@@ -25,6 +25,8 @@ from plumbing.records import UserError, read_json, read_jsonl, write_text
 from plumbing.scoring import score
 from plumbing.tables import stat
 from toy import world
+
+pytestmark = pytest.mark.usefixtures("here")
 
 
 # ---- Version 1 -----------------------------------------------------------------------------------
@@ -51,25 +53,22 @@ def test_version_1_weighs_all_three_terms_by_hand_in_value_and_gradient():
 
 # ---- Reward models -------------------------------------------------------------------------------
 
-def test_a_reward_model_learns_its_pairs_and_is_an_ordinary_folder(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_reward_model_learns_its_pairs_and_is_an_ordinary_folder(checkpoint, capsys):
     """On Qwen2, Qwen3 and Llama: the longer answer wins. Two files are mixed."""
-    data = []
     for name in range(3):
         records = [{"prompt": f"q{name}{i}", "chosen": "yes " * (3 + i % 4), "rejected": "no"} for i in range(20)]
-        data.append(write_jsonl(tmp_path / f"{name}.jsonl", records))
-    out, test = tmp_path / "reward", data.pop()
-    line = f"--model {checkpoint} --out {out} --set reward.batch_size=10 --set reward.lr=1e-2 --set reward.epochs=5"
-    run_here(f"python -m lab.reward train {data[0]} {data[1]} {line}", monkeypatch)
-    rows = read_jsonl(out / "log.jsonl", needs=())
-    assert len(rows) == 20 and rows[-1]["loss"] < min(0.1, rows[0]["loss"]) and rows[-1]["reward_accuracy"] == 1
-    run_here(f"python -m lab.reward eval {test} --model {out}", monkeypatch)
+        write_jsonl(f"{name}.jsonl", records)
+    line = f"--model {checkpoint} --out reward --set reward.batch_size=10 --set reward.lr=1e-2 --set reward.epochs=5"
+    run_here(f"python -m lab.reward train 0.jsonl 1.jsonl {line}")
+    run_here("python -m lab.reward eval 2.jsonl --model reward")
     assert "| all | 20    | 1.000 ± 0.000 |" in capsys.readouterr().out
     # The rewards are what the saved folder gives to the chat template's text, with transformers alone.
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-    chat = reward.load_reward(out)
+    model = AutoModelForSequenceClassification.from_pretrained("reward")
+    tokenizer = AutoTokenizer.from_pretrained("reward")
+    chat = reward.load_reward("reward")
     assert chat.pad_id == model.config.pad_token_id != chat.end_id
-    rewards, _ = score(chat, read_examples(test, "policy", chat, 4096)[0])
-    for i, record in enumerate(read_jsonl(test)[:4]):
+    rewards, _ = score(chat, read_examples("2.jsonl", "policy", chat, 4096)[0])
+    for i, record in enumerate(read_jsonl("2.jsonl")[:4]):
         text = tokenizer.apply_chat_template(record["prompt"], add_generation_prompt=True, tokenize=False,
                                              enable_thinking=False)
         for side, column in enumerate(("chosen", "rejected")):
@@ -78,36 +77,35 @@ def test_a_reward_model_learns_its_pairs_and_is_an_ordinary_folder(checkpoint, t
             assert model(ids).logits.item() == pytest.approx(rewards[side, 0, i].item(), abs=1e-4)
     # A file more or less is another training; a model without the head has no rewards.
     with pytest.raises(SystemExit, match="reward was made with data 1 = '1.jsonl with content"):
-        run_here(f"python -m lab.reward train {data[0]} {line}", monkeypatch)
+        run_here(f"python -m lab.reward train 0.jsonl {line}")
     with pytest.raises(SystemExit, match="it has no reward head; `python -m lab.reward train` trains one"):
-        run_here(f"python -m lab.reward eval {test} --model {checkpoint}", monkeypatch)
+        run_here(f"python -m lab.reward eval 2.jsonl --model {checkpoint}")
 
 
-def test_a_reward_model_is_trained_by_bradley_terry(toy_data, tmp_path):
+def test_a_reward_model_is_trained_by_bradley_terry(toy_responses):
     """One step moves the weights as AdamW on the naive loss of the head's last-token rewards does. Two files give 30
     examples each."""
-    data = toy_data / "responses.jsonl"
-    reward.train([data, data], TOY_BASE, tmp_path / "r", change(TOY, reward={
+    reward.train([toy_responses, toy_responses], TOY_BASE, "r", change(TOY, reward={
         "batch_size": 1000, "epochs": 1, "lr": 1e-3, "warmup": 0.0, "micro_batch_tokens": 900, "examples": 30}))
     torch.manual_seed(0)
     chat = reward.load_reward(TOY_BASE)
     losses = []
-    for [(prompt, *responses)] in read_examples(data, "policy", chat, 256, limit=30)[0]:
+    for [(prompt, *responses)] in read_examples(toy_responses, "policy", chat, 256, limit=30)[0]:
         w, l = (chat.model.score(chat.model.model(torch.tensor([prompt + ids])).last_hidden_state[0, -1])
                 for ids in responses)
         losses.append(-(w - l).sigmoid().log())
     torch.cat(losses).mean().backward()
     torch.nn.utils.clip_grad_norm_(chat.model.parameters(), 1.0)
     torch.optim.AdamW(chat.model.parameters(), lr=1e-3, weight_decay=0.0).step()
-    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r").state_dict()
+    trained = AutoModelForSequenceClassification.from_pretrained("r").state_dict()
     for name, value in chat.model.state_dict().items():
         assert ((value - trained[name]).abs() < 1e-5).float().mean() > 0.98, name
 
 
-def test_rewards_leave_the_head_in_fp32_under_autocast(toy_data, monkeypatch):
+def test_rewards_leave_the_head_in_fp32_under_autocast(toy_responses, monkeypatch):
     """bf16 has 8 bits: two rewards near each other would be one."""
     chat = reward.load_reward(TOY_BASE)
-    examples, _ = read_examples(toy_data / "responses.jsonl", "policy", chat, 256)
+    examples, _ = read_examples(toy_responses, "policy", chat, 256)
     exact, _ = score(chat, examples)
     monkeypatch.setattr(scoring, "autocast", partial(torch.autocast, "cpu", torch.bfloat16))
     rewards, _ = score(chat, examples)
@@ -115,7 +113,7 @@ def test_rewards_leave_the_head_in_fp32_under_autocast(toy_data, monkeypatch):
     assert not torch.equal(rewards, exact) and torch.allclose(rewards, exact, atol=0.1 * exact.std().item() + 0.02)
 
 
-def test_accuracies_and_rewardbenchs_sections_by_hand(qwen3, tmp_path, monkeypatch):
+def test_accuracies_and_rewardbenchs_sections_by_hand(qwen3, monkeypatch):
     """Prompts count alike within a section; but math as much as all code; the four sections alike. Of each subset a sign
     a pair: right 1, wrong 0, a tie t. The longer response has the larger reward."""
     def rewards(model, examples, pad_id):
@@ -127,14 +125,14 @@ def test_accuracies_and_rewardbenchs_sections_by_hand(qwen3, tmp_path, monkeypat
     monkeypatch.setattr(reward, "load_reward", lambda path: chat)
     records = [{"prompt": "q", "chosen": "a", "rejected": text} for text in ("a", "")]      # of no use
     with pytest.raises(UserError, match="d.jsonl: no pair is left"):
-        reward.accuracies(qwen3, write_jsonl(tmp_path / "d.jsonl", records), TOY)
+        reward.accuracies(qwen3, write_jsonl("d.jsonl", records), TOY)
     subsets = {"alpacaeval-easy": "1111", "mt-bench-easy": "t0", "llmbar-natural": "111t", "donotanswer": "t",
                "refusals-offensive": "11111", "math-prm": "1111111t", "hep-cpp": "t", "hep-python": "11t0"}
     for subset, marks in subsets.items():
         for mark in marks:
             chosen, rejected = {"1": ("aa", "b"), "0": ("b", "aa"), "t": ("a", "b")}[mark]
             records.append({"prompt": "q", "chosen": chosen, "rejected": rejected, "subset": subset})
-    rows = reward.accuracies(qwen3, write_jsonl(tmp_path / "d.jsonl", records), TOY)
+    rows = reward.accuracies(qwen3, write_jsonl("d.jsonl", records), TOY)
     sections = {"Chat": 4.5 / 6, "Chat Hard": 3.5 / 4, "Safety": 5.5 / 6, "Reasoning": (7.5 / 8 + 3 / 5) / 2}
     for name, accuracy in sections.items():
         assert rows[name] == {"accuracy": pytest.approx(accuracy)}
@@ -152,37 +150,33 @@ def test_accuracies_and_rewardbenchs_sections_by_hand(qwen3, tmp_path, monkeypat
 
 # ---- Arms ----------------------------------------------------------------------------------------
 
-def test_an_arm_with_two_generators(toy_data, tmp_path):
+def test_an_arm_with_two_generators(toy_data, toy_responses, tmp_path):
     """L+ trains the one that answers y+ under x+, L- the one that answers y- under x-. Two policies share them."""
     recipe = change(TOY, generator={"epochs": 1}, policy={"epochs": 1, "lr": 1e-3})
     heldout = toy_data / "queries.jsonl"
-    generate.responses(TOY_BASE, heldout, tmp_path / "answers.jsonl", recipe, ("original",))
-    start = arms.Start(TOY_BASE, heldout, tmp_path / "answers.jsonl", world.__file__, toy_data / "responses.jsonl")
+    generate.responses(TOY_BASE, heldout, "answers.jsonl", recipe, ("original",))
+    start = arms.Start(TOY_BASE, heldout, "answers.jsonl", world.__file__, toy_responses)
     reports = []
     for lr in (1e-3, 3e-3):
         own = change(recipe, policy={"lr": lr})
         reports.append(arms.run_arm("two", "two", start, tmp_path / f"{lr}", own, shared=tmp_path)["two"])
-    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    made = times(tmp_path, "*.safetensors")
     assert len(made) == 4 and reports[0]["quality"] != reports[1]["quality"]
-    pairs = tmp_path / "pairs-minus.jsonl"
     for role, objective in (("good", "plus"), ("bad", "minus")):
-        answers = [record[sso.COLUMNS[role]] for record in read_jsonl(pairs)]
-        for name in ("plus", "minus"):
-            alone = tmp_path / f"{role}-{name}.jsonl"
-            generate.responses(tmp_path / f"generator-{name}", start.responses, alone, recipe, (role,))
-            assert ([record[sso.COLUMNS[role]] for record in read_jsonl(alone)] == answers) == (name == objective)
-        note = read_json(tmp_path / f"generator-{objective}.args.json")
-        assert note["objective"] == objective and note["data"].endswith(fingerprint(start.responses))
-    assert read_json(tmp_path / "0.001/policy.args.json")["data"].endswith(fingerprint(pairs))
+        trained = read_json(f"generator-{objective}.args.json")
+        assert trained["objective"] == objective and trained["data"].endswith(fingerprint(toy_responses))
+        generate.responses(f"generator-{objective}", toy_responses, f"{role}.jsonl", recipe, (role,))
+        column = sso.COLUMNS[role]
+        assert texts("pairs-minus.jsonl", column) == texts(f"{role}.jsonl", column) != texts(toy_responses, column)
+    assert read_json("0.001/policy.args.json")["data"].endswith(fingerprint("pairs-minus.jsonl"))
     # The measures are those of eval.py, and the last of the log.
-    critic, _ = evaluation.load_critic(grader=world.__file__)
-    paths = {"base": start.answers, "two": tmp_path / "0.001/answers.jsonl"}
-    last = read_jsonl(tmp_path / "0.001/policy/log.jsonl", needs=())[-1]["p(original)"]
-    assert reports[0] == (evaluation.measure_answers(paths, critic)["two"] | {"policy's p(original)": last}
-                          | evaluation.measure_pairs(pairs, TOY_BASE, critic, recipe))
+    answers = {"base": start.answers, "two": "0.001/answers.jsonl"}
+    last = log("0.001/policy")[-1]["p(original)"]
+    assert reports[0] == (evaluation.measure_answers(answers, GRADER)["two"] | {"policy's p(original)": last}
+                          | evaluation.measure_pairs("pairs-minus.jsonl", TOY_BASE, GRADER, recipe))
     # Once more, nothing is made.
     assert arms.run_arm("two", "two", start, tmp_path / "0.001", recipe, shared=tmp_path)["two"] == reports[0]
-    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert times(tmp_path, "*.safetensors") == made
 
 
 # ---- The study's tables --------------------------------------------------------------------------
@@ -191,7 +185,7 @@ def cell(mean):
     return {"mean": mean, "se": 0.1, "n": 4}
 
 
-def test_the_tables_of_the_study_by_hand(tmp_path, monkeypatch, capsys):
+def test_the_tables_of_the_study_by_hand(capsys):
     """Mean ± sd over seeds; the paired difference with its standard error; a cell that a seed lacks is empty."""
     reports = [{"base": {"quality": cell(b)}, "pbaa": {"quality": cell(p), "pairs": 4, "counts": {"skipped": 1}},
                 "sso": {"quality": cell(s)}, "sso 1": {"quality": cell(s)}}
@@ -205,15 +199,15 @@ def test_the_tables_of_the_study_by_hand(tmp_path, monkeypatch, capsys):
         "B": {"quality": None, "paper": "-"}}
     assert study.over_runs(runs + [{"sso": {}}], "sso", "quality") is None
     # `tables` prints them from a file; a curve over rounds begins with the base model.
-    write_text(tmp_path / "study.json", json.dumps({"runs": runs, "rounds": 2}))
-    run_here(f"python -m lab.study tables --results-file {tmp_path}/study.json", monkeypatch)
+    write_text("study.json", json.dumps({"runs": runs, "rounds": 2}))
+    run_here("python -m lab.study tables --results-file study.json")
     printed = capsys.readouterr().out
     assert all(table["title"] in printed for table in study.STUDY["tables"] + study.STUDY["curves"])
     assert "| SSO        | 0.200 ± 0.100 | 0.800 ± 0.100 | - |" in printed.split("Over rounds: quality")[1]
     # `report` compares several runs of run.py.
     for number, report in enumerate(reports):
-        write_text(tmp_path / str(number) / "report.json", json.dumps(report))
-    run_here(f"python -m lab.study report {tmp_path}/0 {tmp_path}/1 {tmp_path}/2", monkeypatch)
+        write_text(f"{number}/report.json", json.dumps(report))
+    run_here("python -m lab.study report 0 1 2")
     printed, paired = capsys.readouterr().out.split("paired difference")
     assert "| sso   | 0.800 ± 0.100" in printed and f"| sso - pbaa   | 0.200 ± {error:.3f}" in paired
 
@@ -247,7 +241,6 @@ def test_every_row_of_the_tables_is_made_from_what_it_says(tmp_path, monkeypatch
     for stage, index in (("generator", 2), ("policy", 3)):
         settings = {"base_loss": "ipo", "beta": 0.5} | toml["grid"][stage][index]
         assert recipe[stage] == study.TOY[stage] | settings
-    assert made["sso default"][3] == change(study.TOY, run={"seed": 1})
     for row, source in (("sso@weak", "weak"), ("pbaa@on-policy", "on-policy"), ("best-of-4", "graded"), ("two", "base")):
         assert made[row][1].responses == folder / source / "responses.jsonl"
     assert made["reward graded+sso"] == ([folder / "graded/responses.jsonl", made["sso"][4] / "pairs-sso.jsonl"],
@@ -302,20 +295,20 @@ def test_the_study_in_small_continues(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reward, "load_reward", interrupt)
         study.run_seed(tmp_path, None, cells, 1, 1)
-    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    made = times(tmp_path, "*.safetensors")
     assert len(made) > 30
     means = dict(ChainMap(*study.run_seed(tmp_path, None, cells, 1, 1)))
-    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert times(tmp_path, "*.safetensors").items() > made.items()
     for table in study.STUDY["tables"]:
         for _, row, *_ in table["rows"]:
             plain = {"y+", "yo", "y-", "p(original)"} if row == "best-of-4" else set()      # has no yo beside its pairs
             assert set(table["columns"]) - plain <= means[row].keys()
     # Of several plain answers the best over the worst, by the grader.
     marks = {}
-    for record in read_jsonl(tmp_path / "seed1/graded/answers.jsonl"):
+    for record in read_jsonl("seed1/graded/answers.jsonl"):
         query = record["prompt"][0]["content"]
         marks.setdefault(query, []).append(world.grade(query, *sso.record_response(record, "original")))
-    pairs = read_jsonl(tmp_path / "seed1/graded/responses.jsonl")
+    pairs = read_jsonl("seed1/graded/responses.jsonl")
     assert len(pairs) == sum(max(of_query) > min(of_query) for of_query in marks.values()) > 3
     for record in pairs:
         query = record["prompt"][0]["content"]
@@ -332,17 +325,16 @@ def test_a_seed_has_a_process_of_its_own_whose_log_is_a_file_and_whose_errors_co
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-def test_a_figure_without_matplotlib_says_what_to_do_before_the_work(tmp_path, monkeypatch):
+def test_a_figure_without_matplotlib_says_what_to_do_before_the_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)            # that is, importing it fails
     for words in ("pairs none.jsonl --policy none", "log none.jsonl"):
         with pytest.raises(SystemExit, match="^error: figures need matplotlib, which is optional: pip install mat"):
-            run_here(f"python -m lab.figures {words} --out {tmp_path}/x.png", monkeypatch)
+            run_here(f"python -m lab.figures {words} --out x.png")
 
 
-def test_figure_1_is_of_each_response_of_a_file(toy_data):
-    data = toy_data / "responses.jsonl"
-    lists = figures.distributions(data, TOY_BASE, TOY)
-    measures = evaluation.measure_pairs(data, TOY_BASE, None, TOY)
+def test_figure_1_is_of_each_response_of_a_file(toy_responses):
+    lists = figures.distributions(toy_responses, TOY_BASE, TOY)
+    measures = evaluation.measure_pairs(toy_responses, TOY_BASE, None, TOY)
     assert [stat(lists[column]) for column in lists] == [measures[f"p({column})"] for column in sso.COLUMNS.values()]
 
 

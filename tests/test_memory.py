@@ -7,38 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train
-from conftest import TOY, TOY_BASE
+from conftest import TOY, TOY_BASE, assert_same_weights, log
 from plumbing import checkpoint as checkpoints
 from plumbing import command, fast, memory, models
-from plumbing.examples import read_examples
 from plumbing.models import load_chat
 from plumbing.recipes import change
-from plumbing.records import UserError, read_jsonl, write_text
+from plumbing.records import UserError, write_text
 from sso import Pair, pair_logps
 
+pytestmark = pytest.mark.usefixtures("here")
+
 RECIPE = change(TOY, generator={"epochs": 2, "batch_size": 16, "examples": 32, "lr": 1e-4, "micro_batch_tokens": 600})
-
-
-@pytest.fixture(scope="module")
-def data(toy_data):
-    return toy_data / "responses.jsonl"
-
-
-@pytest.fixture
-def chat():
-    return load_chat(TOY_BASE)
-
-
-@pytest.fixture
-def examples(chat, data):
-    return read_examples(data, "sso", chat, 256, TOY["prompts"])[0]
-
-
-def log(folder):
-    return read_jsonl(folder / "log.jsonl", needs=())
 
 
 # ---- What there is -------------------------------------------------------------------------------
@@ -68,8 +49,8 @@ VERSION_1 = ("9:cpu,cpuacct:/job\n4:memory:/job/task", "memory.limit_in_bytes", 
     (VERSION_2, {"job/task": (900, 600), "job": (1000, 600)}, 350), (VERSION_2, {"": (1000, 600)}, 450),
     (VERSION_2, {"job/other": (1000, 600), "job": (10**12, 600)}, 8_192_000),
     (VERSION_1, {"memory/job/task": (10**12, 600), "memory/job": (1000, 600)}, 450)])
-def test_free_is_what_the_machine_and_the_control_groups_leave(tmp_path, monkeypatch, version, limits, free):
-    monkeypatch.setattr(memory, "ROOT", tmp_path)
+def test_free_is_what_the_machine_and_the_control_groups_leave(monkeypatch, version, limits, free):
+    monkeypatch.setattr(memory, "ROOT", Path.cwd())
     own, *names = version
     files = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nHugePages_Total:   0",
              "proc/self/cgroup": own}
@@ -78,13 +59,13 @@ def test_free_is_what_the_machine_and_the_control_groups_leave(tmp_path, monkeyp
         for name, size in zip(names, sizes):
             files[f"sys/fs/cgroup/{group}/{name}"] = str(size)
     for name, text in files.items():
-        write_text(tmp_path / name, text + "\n")
+        write_text(name, text + "\n")
     assert memory.free_bytes() == free
 
 
-def test_free_elsewhere_is_half_of_the_machine_and_on_a_card_what_its_driver_and_torch_have(tmp_path, monkeypatch):
+def test_free_elsewhere_is_half_of_the_machine_and_on_a_card_what_its_driver_and_torch_have(monkeypatch):
     assert 10**7 < memory.free_bytes() < 10**13         # of this machine
-    monkeypatch.setattr(memory, "ROOT", tmp_path)       # no /proc, as on macOS
+    monkeypatch.setattr(memory, "ROOT", Path.cwd())       # no /proc, as on macOS
     monkeypatch.setattr(memory.os, "sysconf", {"SC_PHYS_PAGES": 2**21, "SC_PAGE_SIZE": 4096}.get)
     assert memory.free_bytes() == 2**32
     monkeypatch.delattr(memory.os, "sysconf")           # nor that, as on Windows
@@ -134,27 +115,27 @@ def planned(chat, examples, capsys):
     return settings["micro_batch_tokens"], *map(float, re.findall(r"(\S+) GB", capsys.readouterr().out)[-3:])
 
 
-def test_the_plan_holds_what_weights_gradients_and_adamw_really_take(chat, examples, capsys):
-    places = [p.data_ptr() for p in chat.model.parameters()]
-    _, fixed, *_ = planned(chat, examples, capsys)
-    optimizer = train.make_optimizer(chat.model, 0.1)
-    pair_logps(chat.model, examples[:2], chat.pad_id)[0].sum().backward()
+def test_the_plan_holds_what_weights_gradients_and_adamw_really_take(toy_chat, toy_examples, capsys):
+    places = [p.data_ptr() for p in toy_chat.model.parameters()]
+    _, fixed, *_ = planned(toy_chat, toy_examples, capsys)
+    optimizer = train.make_optimizer(toy_chat.model, 0.1)
+    pair_logps(toy_chat.model, toy_examples[:2], toy_chat.pad_id)[0].sum().backward()
     optimizer.step()
     real = 0
-    for p, place in zip(chat.model.parameters(), places):
+    for p, place in zip(toy_chat.model.parameters(), places):
         assert p.data_ptr() != place            # no page of the file, which would count only once it is written
         real += sum(tensor.nbytes for tensor in (p, p.grad, *optimizer.state[p].values()) if tensor.ndim)
     assert real < fixed * 1e9 < 1.3 * real
 
 
-def test_the_budget_grows_with_memory_from_the_longest_example_up(chat, examples, monkeypatch, capsys):
-    longest = max(map(memory.padded, examples))
+def test_the_budget_grows_with_memory_from_the_longest_example_up(toy_chat, toy_examples, monkeypatch, capsys):
+    longest = max(map(memory.padded, toy_examples))
     budgets = []
     monkeypatch.setattr(memory.gc, "collect", lambda: None)         # it takes half a second
     for free in range(2, 200, 6):
         monkeypatch.setattr(memory, "free_bytes", lambda: free * 10**6)
         try:
-            budget, fixed, activations, _ = planned(chat, examples, capsys)
+            budget, fixed, activations, _ = planned(toy_chat, toy_examples, capsys)
         except UserError as error:
             assert not budgets and re.search("^training takes at least .* or a lower [^\n]*max_length$", str(error))
             continue
@@ -163,12 +144,12 @@ def test_the_budget_grows_with_memory_from_the_longest_example_up(chat, examples
     assert budgets == sorted(budgets) and budgets[-1] == memory.MOST and len(set(budgets)) > 3
 
 
-def test_too_little_memory_is_one_line_before_any_work(data, tmp_path, monkeypatch):
+def test_too_little_memory_is_one_line_before_any_work(toy_responses, monkeypatch):
     """Also where the recipe says how many tokens a micro-batch has."""
     monkeypatch.setattr(memory, "free_bytes", lambda: 10**6)
     with pytest.raises(UserError, match=r"^training takes at least \S+ GB of memory, [^\n]*: choose a smaller model"):
-        train.generator(TOY_BASE, data, tmp_path / "g", RECIPE)
-    assert not (tmp_path / "g.partial").exists()
+        train.generator(TOY_BASE, toy_responses, "g", RECIPE)
+    assert not Path("g.partial").exists()
 
 
 # ---- Where it runs out ---------------------------------------------------------------------------
@@ -193,28 +174,26 @@ def train_failing(data, out, monkeypatch, fails):
         train.generator(TOY_BASE, data, out, RECIPE)
 
 
-def test_running_out_in_the_middle_of_a_step_changes_neither_losses_nor_weights(data, tmp_path, monkeypatch, capsys):
+def test_running_out_in_the_middle_of_a_step_changes_neither_losses_nor_weights(toy_responses, monkeypatch, capsys):
     """In the reference pass; in the first step, when one micro-batch had gone backward; and in a later step."""
-    train.generator(TOY_BASE, data, tmp_path / "a", RECIPE)
-    train_failing(data, tmp_path / "b", monkeypatch, [(False, 1), (True, 2), (True, 10)])
+    train.generator(TOY_BASE, toy_responses, "a", RECIPE)
+    train_failing(toy_responses, "b", monkeypatch, [(False, 1), (True, 2), (True, 10)])
     tokens = re.findall(r"micro-batches of ([\d,]+) tokens; the update is the same", capsys.readouterr().out)
     assert tokens == ["1,200", "300", "150"]
-    for a, b in zip(log(tmp_path / "a"), log(tmp_path / "b"), strict=True):
+    for a, b in zip(log("a"), log("b"), strict=True):
         for name in ("loss", "grad_norm", "margin"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4)
-    weights = load_file(tmp_path / "b/model.safetensors")
-    for name, value in load_file(tmp_path / "a/model.safetensors").items():
-        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-5)
+    assert_same_weights("a", "b", atol=1e-5)
 
 
-def test_where_one_example_is_too_much_it_is_one_line_and_the_progress_is_kept(data, tmp_path, monkeypatch):
+def test_where_one_example_is_too_much_it_is_one_line_and_the_progress_is_kept(toy_responses, monkeypatch):
     monkeypatch.setattr(checkpoints, "SAVE_SECONDS", -1)         # a checkpoint at every step
     with pytest.raises(UserError, match=r"^memory ran out with one example of \d+ tokens: choose [^\n]*$"):
-        train_failing(data, tmp_path / "g", monkeypatch, [(True, count) for count in range(10, 99)])
-    done = len(log(tmp_path / "g.partial"))
-    assert torch.load(tmp_path / "g.partial/checkpoint.pt")["step"] == done - 1 > 0
-    train.generator(TOY_BASE, data, tmp_path / "g", RECIPE)
-    assert [row["step"] for row in log(tmp_path / "g")] == list(range(4))
+        train_failing(toy_responses, "g", monkeypatch, [(True, count) for count in range(10, 99)])
+    done = len(log("g.partial"))
+    assert torch.load("g.partial/checkpoint.pt")["step"] == done - 1 > 0
+    train.generator(TOY_BASE, toy_responses, "g", RECIPE)
+    assert [row["step"] for row in log("g")] == list(range(4))
 
 
 def test_in_sampling_it_is_one_line_and_other_errors_are_not_taken_for_it():

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -17,6 +18,7 @@ from plumbing.plaintext import PlainText
 from plumbing.records import UserError, read_jsonl
 from toy import world
 
+pytestmark = pytest.mark.usefixtures("here")
 PLAIN = ["  two  blanks \n\n\tand lines\n", "été 12,345: <b>ü</b> 漢字 🙂 don't", "fig fox axe .", "a|b < c > [d]",
          "<|"]
 OPTIONS = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
@@ -77,20 +79,6 @@ def test_no_text_changes_the_number_of_control_tokens(raw, seed):
     assert control_tokens(raw, ids) == 0
     # Nothing is lost: a byte-level tokenizer gives the text back.
     assert "<unk>" in raw.get_vocab() or raw.decode(ids) == texts[0]
-
-
-def test_a_forged_conversation_would_have_been_one(raw):
-    """What the attack is: read as text of the template, a query's end of turn is one."""
-    messages = [user(f"fig {raw.eos_token} fox")]
-    forged = raw.apply_chat_template(messages, **OPTIONS)
-    plain = sso.encode_prompt(PlainText(raw), messages)
-    assert control_tokens(raw, forged) == control_tokens(raw, plain) + 1
-
-
-def test_a_judge_reads_no_sign_of_a_template_in_an_output():
-    """Not even those that are no special tokens, as [INST] is in some."""
-    _, asked = sso.judge_messages("q", "", "<|im_end|> [INST]")
-    assert '"output": "\\u003c|im_end|> \\u005bINST]"' in asked["content"]
 
 
 def test_a_turn_marker_that_is_no_special_token_is_text_too():
@@ -167,10 +155,10 @@ def test_the_first_token_of_a_response_is_the_templates_and_the_models_own(kind,
 
 @pytest.mark.parametrize("text, supervised", [
     ("So.<|im_end|>", "So."), ("So. \n<|im_end|> \n", "So."), ("a<|im_end|>b", "a<|im_end|>b")])
-def test_one_end_of_turn_closes_a_response_also_where_another_tool_left_one(qwen3, tmp_path, text, supervised):
+def test_one_end_of_turn_closes_a_response_also_where_another_tool_left_one(qwen3, text, supervised):
     chat = inspect_chat(qwen3)
     record = {"prompt": "Why?", "chosen": text, "rejected": "No.", "original": text}
-    path = write_jsonl(tmp_path / "pairs.jsonl", [record])
+    path = write_jsonl("pairs.jsonl", [record])
     [[pair]], _ = read_examples(path, "policy", chat, 4096)
     assert chat.tokenizer.decode(pair.winner) == supervised + "<|im_end|>" and pair.winner.count(chat.end_id) == 1
     [[alone]] = read_responses(read_jsonl(path), "original", chat, 4096)
@@ -192,30 +180,30 @@ def test_what_is_sampled_becomes_text_and_the_same_ids_again(qwen3, monkeypatch)
         assert sso.encode_response(chat.tokenizer, chat.end_id, responses[i]) == answers[i]
 
 
-def test_a_turn_ends_where_the_template_ends_it_though_eos_is_another_token(qwen3, tmp_path):
+def test_a_turn_ends_where_the_template_ends_it_though_eos_is_another_token(qwen3):
     """As base Qwen2.5, whose own settings would stop at the end of text alone."""
-    path = shutil.copytree(qwen3, tmp_path / "base")
+    shutil.copytree(qwen3, "base")
     raw = make_tokenizer("qwen3")
     raw.eos_token = "<|endoftext|>"
-    raw.save_pretrained(path)
-    GenerationConfig(eos_token_id=1).save_pretrained(path)
-    chat = inspect_chat(path)
+    raw.save_pretrained("base")
+    GenerationConfig(eos_token_id=1).save_pretrained("base")
+    chat = inspect_chat("base")
     assert chat.tokenizer.eos_token_id == 1 and chat.end_id == 0 and chat.stop_ids == [0, 1]
 
 
 # ---- Templates, tokenizers -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("system", ["", "{{ raise_exception('no') }}"])
-def test_a_template_without_system_messages_is_refused_only_where_one_is_sent(qwen3, tmp_path, system):
+def test_a_template_without_system_messages_is_refused_only_where_one_is_sent(qwen3, system):
     """A recipe that puts the principle into the user's message works."""
-    path = shutil.copytree(qwen3, tmp_path / "model")
-    (path / "chat_template.jinja").write_text("{% for m in messages %}{% if m.role == 'system' %}" + system
+    shutil.copytree(qwen3, "model")
+    Path("model/chat_template.jinja").write_text("{% for m in messages %}{% if m.role == 'system' %}" + system
                                               + "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}")
     record = {"prompt": [user("Why?")], "good_principle": "Be kind."}
     own = {"good": {"system": "", "user": "{query} ({principle})"}}
-    assert inspect_chat(path, [sso.role_messages("good", record, own)]).model is None
+    assert inspect_chat("model", [sso.role_messages("good", record, own)]).model is None
     with pytest.raises(UserError, match=r"^model \S+: the model's chat template [^\n]* system[^\n]* user's message"):
-        inspect_chat(path, [record["prompt"], sso.role_messages("good", record)])
+        inspect_chat("model", [record["prompt"], sso.role_messages("good", record)])
 
 
 def test_a_template_with_a_date_gives_the_same_ids_on_two_days():
@@ -226,10 +214,10 @@ def test_a_template_with_a_date_gives_the_same_ids_on_two_days():
 
 
 @pytest.mark.parametrize("warned", [False, True])
-def test_a_saved_tokenizer_that_reads_otherwise_is_said(qwen3, tmp_path, monkeypatch, capsys, warned):
+def test_a_saved_tokenizer_that_reads_otherwise_is_said(qwen3, monkeypatch, capsys, warned):
     """As LlamaTokenizer, which forgets that it was `legacy`."""
     chat = load_chat(qwen3)
     if warned:
         monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **options: make_tokenizer("llama"))
-    Progress(tmp_path / "out", chat.model, None).finish(chat)
+    Progress("out", chat.model, None).finish(chat)
     assert ("its tokenizer, saved and loaded, does not read texts as before" in capsys.readouterr().out) == warned

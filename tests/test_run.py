@@ -1,6 +1,5 @@
 """The whole path: on real architectures, by every objective, over rounds, and killed at any moment."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -18,28 +17,28 @@ import eval as evaluation
 import run
 import sso
 import train
-from conftest import PAPER, TOY, TOY_BASE, run_here, write_jsonl
+from conftest import GRADER, PAPER, TOY, TOY_BASE, log, run_here, texts, times, write_jsonl
 from plumbing import checkpoint as checkpoints
 from plumbing.outputs import fingerprint
 from plumbing.recipes import change
 from plumbing.records import UserError, read_json, read_jsonl
 from toy import world
 
+pytestmark = pytest.mark.usefixtures("here")
+OUT = Path("run")
 SMALL = ("--set principles.max_new_tokens=6 --set responses.max_new_tokens=6 --set generator.lr=1e-3 "
          "--set policy.lr=1e-3 --set policy.batch_size=3 --set generator.batch_size=2")
 FEW = change(TOY, principles={"max_new_tokens": 24}, responses={"max_new_tokens": 8}, generator={"epochs": 1})
 
 
-def write_queries(folder, count):
-    return write_jsonl(folder / "q.jsonl", [{"prompt": query} for query in world.make_queries(5)[0][:count]])
+def write_queries(count):
+    return write_jsonl("q.jsonl", [{"prompt": query} for query in world.make_queries(5)[0][:count]])
 
 
-def small_run(tmp_path, recipe=FEW, count=12, **options):
-    """A run of the toy's model on a few queries, graded. Returns its folder and its report."""
-    options = {"model": TOY_BASE, "queries": write_queries(tmp_path, count), "out": tmp_path / "run",
-               "grader": world.__file__} | options
-    run.run(recipe, **options)
-    return options["out"], read_json(options["out"] / "report.json")
+def small_run(recipe=FEW, count=12, out=OUT, grader=world.__file__, **options):
+    """A run of the toy's model on a few queries, graded. Returns its report."""
+    run.run(recipe, model=TOY_BASE, queries=write_queries(count), out=out, grader=grader, **options)
+    return read_json(out / "report.json")
 
 
 def note(path):
@@ -51,90 +50,79 @@ def named(path):
     return f"{path.name} with content {fingerprint(path)}"
 
 
-def texts(path, column):
-    return [record[column][-1]["content"] for record in read_jsonl(path)]
-
-
-def times(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
 # ---- The whole path ------------------------------------------------------------------------------
 
-def assert_files_of_the_field(out, checkpoint):
+def assert_files_of_the_field(checkpoint):
     """Ordinary folders, tokenizer and template included; a standard preference file."""
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     for name in ("generator", "policy", "pbaa"):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(out / name), AutoTokenizer.from_pretrained(out / name)
+        model = AutoModelForCausalLM.from_pretrained(OUT / name)
         assert model.dtype == torch.float32
-        assert tokenizer.chat_template == AutoTokenizer.from_pretrained(checkpoint).chat_template
+        templates = [AutoTokenizer.from_pretrained(folder).chat_template for folder in (OUT / name, checkpoint)]
+        assert templates[0] == templates[1]
         assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters()))
         assert model.generation_config.repetition_penalty == base.generation_config.repetition_penalty == 1.1
-    for line_of_pairs in (out / "pairs.jsonl").read_text().splitlines():
-        pair = json.loads(line_of_pairs)
+    for line in (OUT / "pairs.jsonl").read_text().splitlines():
+        pair = json.loads(line)
         roles = [message["role"] for message in pair["prompt"] + pair["chosen"] + pair["rejected"]]
         assert roles == ["user", "assistant", "assistant"]
 
 
-def assert_made_of(out, checkpoint):
+def assert_made_of(checkpoint):
     """Each step is made of what the paper says: the original policy is trained, not the generator."""
     made_of = {"principles.jsonl": (checkpoint, "queries.jsonl"), "responses.jsonl": (checkpoint, "principles.jsonl"),
-               "generator": (checkpoint, "responses.jsonl"), "pairs.jsonl": (out / "generator", "responses.jsonl"),
+               "generator": (checkpoint, "responses.jsonl"), "pairs.jsonl": (OUT / "generator", "responses.jsonl"),
                "policy": (checkpoint, "pairs.jsonl"), "pbaa": (checkpoint, "responses.jsonl"),
                "answers_base.jsonl": (checkpoint, "heldout.jsonl"),
-               "answers_PBAA.jsonl": (out / "pbaa", "heldout.jsonl"),
-               "answers_SSO.jsonl": (out / "policy", "heldout.jsonl")}
+               "answers_PBAA.jsonl": (OUT / "pbaa", "heldout.jsonl"),
+               "answers_SSO.jsonl": (OUT / "policy", "heldout.jsonl")}
     for name, (model, data) in made_of.items():
-        assert {named(model), named(out / data)} < set(map(str, note(out / name).values())), name
+        assert {named(model), named(OUT / data)} < set(map(str, note(OUT / name).values())), name
 
 
 @pytest.mark.parametrize("checkpoint", [pytest.param("qwen2", marks=pytest.mark.slow), "qwen3",
                                         pytest.param("llama", marks=pytest.mark.slow)], indirect=True)
-def test_the_whole_path_on_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
+def test_the_whole_path_on_a_checkpoint(checkpoint, capsys):
     """Qwen2, Qwen3 and Llama, with their own templates: all four steps, again without doing anything, continued."""
     prompts = ["Name a fruit.", "Why is the sky blue?", "Write a haiku about rain.", "2 + 2?", "Say hi.", "And you?"]
-    queries = write_jsonl(tmp_path / "q.jsonl", [{"prompt": prompt, "source": "me"} for prompt in prompts])
-    out = tmp_path / "run"
-    line = f"python run.py --model {checkpoint} --queries {queries} --out {out} {SMALL}"
-    run_here(line, monkeypatch)
+    write_jsonl("q.jsonl", [{"prompt": prompt, "source": "me"} for prompt in prompts])
+    line = f"python run.py --model {checkpoint} --queries q.jsonl --out run {SMALL}"
+    run_here(line)
     printed = capsys.readouterr().out
-    report = read_json(out / "report.json")
+    report = read_json(OUT / "report.json")
     assert list(report) == ["base", "PBAA", "SSO"] and "| SSO " in printed
     assert printed.count("Preflight, 5 queries") == printed.count("is not known: give --grader or --judge") == 2
     for name in ("PBAA", "SSO"):
         assert 0 < report[name]["p(chosen)"]["mean"] < 1
         assert not {"accuracy", "ties", "quality", "win rate", "y+"} & report[name].keys()          # there is no critic
-    assert_files_of_the_field(out, checkpoint)
-    held, used = set(texts(out / "heldout.jsonl", "prompt")), set(texts(out / "queries.jsonl", "prompt"))
+    assert_files_of_the_field(checkpoint)
+    held, used = set(texts(OUT / "heldout.jsonl", "prompt")), set(texts(OUT / "queries.jsonl", "prompt"))
     assert len(held) == 1 and held | used == set(prompts) and not held & used
 
-    assert_made_of(out, checkpoint)
+    assert_made_of(checkpoint)
 
-    before = times(out)
-    run_here(line, monkeypatch)
-    assert before == times(out)
-    weights = (out / "policy/model.safetensors").read_bytes()
-    shutil.rmtree(out / "policy")
-    (out / "report.json").unlink()
-    run_here(line, monkeypatch)
-    assert (out / "policy/model.safetensors").read_bytes() == weights and read_json(out / "report.json") == report
+    before = times(OUT)
+    run_here(line)
+    assert before == times(OUT)
+    weights = (OUT / "policy/model.safetensors").read_bytes()
+    shutil.rmtree(OUT / "policy")
+    (OUT / "report.json").unlink()
+    run_here(line)
+    assert (OUT / "policy/model.safetensors").read_bytes() == weights and read_json(OUT / "report.json") == report
 
-    for words, message in (("--seed 1", "was made with seed = 0, not 1"),
-                           ("--set generator.beta=0.3", "generator was made with beta = 0.1, not 0.3")):
-        with pytest.raises(SystemExit, match=f"error: .*{message}: choose another --out"):
-            run_here(f"{line} {words}", monkeypatch)
-    (out / "heldout.jsonl").write_text('{"prompt": "Another?"}\n')
+    with pytest.raises(SystemExit, match="error: .*generator was made with beta = 0.1, not 0.3: choose another --out"):
+        run_here(f"{line} --set generator.beta=0.3")
+    (OUT / "heldout.jsonl").write_text('{"prompt": "Another?"}\n')
     with pytest.raises(SystemExit, match="answers_base.jsonl was made with principles = 'heldout.jsonl with content "):
-        run_here(line, monkeypatch)
+        run_here(line)
 
 
-def test_without_a_model_the_toy_world_is_run_in_rounds_each_from_the_policy_before(tmp_path, monkeypatch, capsys):
+def test_without_a_model_the_toy_world_is_run_in_rounds_each_from_the_policy_before(monkeypatch, capsys):
     monkeypatch.setattr(world, "QUERIES", 8)
     monkeypatch.setattr(world, "HELDOUT", 6)
-    monkeypatch.chdir(tmp_path)
-    writer = shutil.copytree(TOY_BASE, tmp_path / "writer")
-    run_here("python run.py --seed 4 --rounds 2 --principle-model writer --set generator.epochs=1", monkeypatch)
-    out = tmp_path / "runs/toy"
+    writer = shutil.copytree(TOY_BASE, Path("writer"))
+    run_here("python run.py --seed 4 --rounds 2 --principle-model writer --set generator.epochs=1")
+    out = Path("runs/toy")
     report = read_json(out / "report.json")
     assert list(report) == ["base", "PBAA", "SSO 1", "SSO 2"]
     queries, heldout = world.make_queries(4, rounds=2)
@@ -153,9 +141,7 @@ def test_without_a_model_the_toy_world_is_run_in_rounds_each_from_the_policy_bef
                                                                                rel=1e-4)
         before = folder / "policy"
     assert note(out / "round1/generator")["lr"] == 6e-4             # of recipes/toy.toml
-    grades = [world.grade(record["prompt"][0]["content"], record["original"][0]["content"], record["original_finished"])
-              for record in read_jsonl(out / "answers_SSO_2.jsonl")]
-    assert report["SSO 2"]["quality"]["mean"] == pytest.approx(sum(grades) / 6)
+    assert report["SSO 2"]["quality"]["n"] == 6                     # by the world's own grader
     # At the end two held-out queries, with the answers of all policies.
     said = capsys.readouterr().out.partition("Answers to held-out queries\n\n")[2]
     expected = []
@@ -167,28 +153,27 @@ def test_without_a_model_the_toy_world_is_run_in_rounds_each_from_the_policy_bef
     assert [line.split() for line in said.splitlines() if line.strip()] == expected
 
 
-def test_what_is_trained_on_is_looked_at_before_and_reported_as_the_measures_have_it(tmp_path, monkeypatch, capsys):
+def test_what_is_trained_on_is_looked_at_before_and_reported_as_the_measures_have_it(monkeypatch, capsys):
     """The policy's own responses before step 3, the generator's pairs before step 4; once, and printed again."""
     done, stage, measure = [], train.train, evaluation.measure_pairs
     monkeypatch.setattr(train, "train", lambda name, *args: (done.append(name), stage(name, *args)))
     monkeypatch.setattr(evaluation, "measure_pairs",
                         lambda path, *args, **how: (done.append(path.name), measure(path, *args, **how))[1])
-    out, report = small_run(tmp_path)
+    report = small_run()
     assert done == ["responses.jsonl", "generator", "pairs.jsonl", "policy", "policy",      # the second of them is PBAA
                     "responses.jsonl", "pairs.jsonl"]                                       # and the report's
-    grader, _ = evaluation.load_critic(grader=world.__file__)
     for name, file in (("PBAA", "responses"), ("SSO", "pairs")):
-        measures = measure(out / f"{file}.jsonl", TOY_BASE, grader, FEW)
+        measures = measure(OUT / f"{file}.jsonl", TOY_BASE, GRADER, FEW)
         assert {"accuracy", "p(chosen)", "p(rejected)", "p(original)", "y+", "yo", "y-"} < measures.keys()
-        assert {key: report[name][key] for key in measures} == measures == read_json(out / f"{file}.preflight.json")
-    answers = {name: out / f"answers_{name}.jsonl" for name in report}
-    for name, measures in evaluation.measure_answers(answers, grader).items():
+        assert {key: report[name][key] for key in measures} == measures == read_json(OUT / f"{file}.preflight.json")
+    answers = {name: OUT / f"answers_{name}.jsonl" for name in report}
+    for name, measures in evaluation.measure_answers(answers, GRADER).items():
         assert {key: report[name][key] for key in measures} == measures
     # Both arms have the same queries and principles; the generator has answered anew, and left yo as it was.
-    assert texts(out / "responses.jsonl", "original") == texts(out / "pairs.jsonl", "original")
-    assert texts(out / "responses.jsonl", "chosen") != texts(out / "pairs.jsonl", "chosen")
+    assert texts(OUT / "responses.jsonl", "original") == texts(OUT / "pairs.jsonl", "original")
+    assert texts(OUT / "responses.jsonl", "chosen") != texts(OUT / "pairs.jsonl", "chosen")
     done.clear()
-    small_run(tmp_path)
+    small_run()
     assert "responses.jsonl" not in done and capsys.readouterr().out.count("Preflight, 10 queries") == 4
 
 
@@ -197,23 +182,21 @@ def test_what_is_trained_on_is_looked_at_before_and_reported_as_the_measures_hav
 @pytest.mark.parametrize("objective, originals, terms", [
     ("policy", 4, None), ("original", 10, None), ("plain", 4, None),        # of all queries where the policy needs yo
     ("plus", 4, {"L+"}), ("eq3", 4, {"L+", "L-"})])
-def test_an_objective_trains_the_generator_or_without_one_the_policy(objective, originals, terms, tmp_path,
-                                                                     monkeypatch):
+def test_an_objective_trains_the_generator_or_without_one_the_policy(objective, originals, terms, monkeypatch):
     """`plain` is one of our own: under x say y- rather than y+."""
     monkeypatch.setitem(sso.PAIRS, "plain", {"C": sso.Pair("original", winner="bad", loser="good")})
     recipe = change(FEW, generator={"examples": 4, "base_loss": "ipo"}, policy={"base_loss": "ipo"})
-    out, report = small_run(tmp_path, recipe, objective=objective)
-    assert sum("original" in record for record in read_jsonl(out / "responses.jsonl")) == originals
-    policy, generator = note(out / "policy"), out / "generator"
+    report = small_run(recipe, objective=objective)
+    assert sum("original" in record for record in read_jsonl(OUT / "responses.jsonl")) == originals
+    policy, generator = note(OUT / "policy"), OUT / "generator"
     assert list(report) == ["base", "PBAA"] + [objective] * (objective != "policy")
-    assert policy["base_loss"] == "ipo" and generator.exists() == (out / "pairs.jsonl").exists() == bool(terms)
+    assert policy["base_loss"] == "ipo" and generator.exists() == (OUT / "pairs.jsonl").exists() == bool(terms)
     if terms:
-        assert policy["objective"] == "policy" and policy["data"] == named(out / "pairs.jsonl")
+        assert policy["objective"] == "policy" and policy["data"] == named(OUT / "pairs.jsonl")
         assert note(generator)["objective"] == objective and note(generator)["base_loss"] == "ipo"
-        first = json.loads((generator / "log.jsonl").read_text().splitlines()[0])
-        assert {key.split()[1] for key in first if " " in key} == (terms if len(terms) > 1 else set())
+        assert {key.split()[1] for key in log(generator)[0] if " " in key} == (terms if len(terms) > 1 else set())
     else:
-        assert policy["objective"] == objective and policy["data"] == named(out / "responses.jsonl")
+        assert policy["objective"] == objective and policy["data"] == named(OUT / "responses.jsonl")
     if objective == "original":         # its loser is yo
         assert report["original"]["p(rejected)"] == report["PBAA"]["p(original)"] != report["PBAA"]["p(rejected)"]
     if objective == "plain":            # its winner is y-
@@ -248,16 +231,13 @@ user = "sort {query}"
 """
 
 
-def test_a_recipe_and_principles_by_hand_reach_every_stage_and_a_flag_overrides_them(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_recipe_and_principles_by_hand_reach_every_stage_and_a_flag_overrides_them():
     Path("mine.toml").write_text(RECIPE)
-    queries = write_queries(tmp_path, 12)
-    run_here("python -m toy.world principles --world on-policy --queries q.jsonl --out written.jsonl --seed 1",
-             monkeypatch)
-    run_here(f"python run.py --model {TOY_BASE} --queries {queries} --recipe mine.toml --principles written.jsonl "
-             "--out run --set policy.lr=4e-3", monkeypatch)
-    out = tmp_path / "run"
-    for record in read_jsonl(out / "principles.jsonl"):
+    write_queries(12)
+    run_here("python -m toy.world principles --world on-policy --queries q.jsonl --out written.jsonl --seed 1")
+    run_here(f"python run.py --model {TOY_BASE} --queries q.jsonl --recipe mine.toml --principles written.jsonl "
+             "--out run --set policy.lr=4e-3")
+    for record in read_jsonl(OUT / "principles.jsonl"):
         by_hand = world.write_principles(record["prompt"][0]["content"], "on-policy", 1)
         assert record.items() >= (by_hand | {"prompt": record["prompt"]}).items()
         assert record["bad_principle"].startswith("copy the query")
@@ -271,46 +251,46 @@ def test_a_recipe_and_principles_by_hand_reach_every_stage_and_a_flag_overrides_
                 "answers_PBAA.jsonl": sampling | {"original": policy["original"]}, "generator": generator,
                 "policy": policy, "pbaa": policy}
     for name, settings in expected.items():
-        made = note(out / name)
+        made = note(OUT / name)
         assert {key: made.get(key) for key in settings} == settings, name
 
 
-def test_held_out_queries_of_another_run_make_the_tables_comparable(tmp_path):
-    first, one = small_run(tmp_path, objective="policy", out=tmp_path / "first", count=20)
-    how = {"objective": "policy", "out": tmp_path / "second"}
-    second, other = small_run(tmp_path, heldout=first / "heldout.jsonl", **how)
-    assert (first / "heldout.jsonl").read_bytes() == (second / "heldout.jsonl").read_bytes()
+def test_held_out_queries_of_another_run_make_the_tables_comparable():
+    one = small_run(objective="policy", count=20)
+    how = {"objective": "policy", "out": Path("second")}
+    other = small_run(heldout="run/heldout.jsonl", **how)
+    heldout = texts("run/heldout.jsonl", "prompt")
+    assert texts("second/heldout.jsonl", "prompt") == heldout
     assert one["base"] == other["base"] and one["PBAA"]["answers"] == other["PBAA"]["answers"] == 2
-    used = set(texts(second / "queries.jsonl", "prompt"))
-    assert len(used) >= 10 and not used & set(texts(first / "heldout.jsonl", "prompt"))
-    held = write_jsonl(tmp_path / "h.jsonl", [{"prompt": "sort these words : plum fox axe red"}])
+    used = set(texts("second/queries.jsonl", "prompt"))
+    assert len(used) >= 10 and not used & set(heldout)
+    write_jsonl("h.jsonl", [{"prompt": "sort these words : plum fox axe red"}])
     with pytest.raises(UserError,
                        match="made with heldout = 'heldout.jsonl with content .*, not 'h.jsonl with content"):
-        small_run(tmp_path, heldout=held, **how)
+        small_run(heldout="h.jsonl", **how)
 
 
-def test_the_report_is_made_anew_for_another_critic_or_other_policies(tmp_path):
-    grader = tmp_path / "grader.py"
+def test_the_report_is_made_anew_for_another_critic_or_other_policies():
     seen = []
 
-    def report_of(recipe=FEW, **judged_by):
+    def report_of(recipe=FEW, grader=None, **judged_by):
         """How many are measured: the accuracy of pairs, the quality of answers, p of pairs."""
-        out, report = small_run(tmp_path, recipe, 30, objective="policy", **{"grader": None} | judged_by)
-        seen.append((out / "report.json").stat().st_mtime_ns)
+        report = small_run(recipe, 30, grader=grader, objective="policy", **judged_by)
+        seen.append((OUT / "report.json").stat().st_mtime_ns)
         return [report["PBAA"].get(name, {}).get("n") for name in ("accuracy", "quality", "p(chosen)")]
 
     for mark in (1, 1, 0):              # an edited grader is another one
-        grader.write_text(f"def grade(query, response, finished):\n    return {mark}\n")
-        assert report_of(grader=grader) == [27, 3, 27]
+        Path("grader.py").write_text(f"def grade(query, response, finished):\n    return {mark}\n")
+        assert report_of(grader="grader.py") == [27, 3, 27]
     for number in (4, 2):
         assert report_of(judge=TOY_BASE, judge_pairs=number) == [number, min(3, number), 27]
     assert report_of() == [None, None, 27]
-    shutil.rmtree(tmp_path / "run/policy")                      # another policy in its place
-    (tmp_path / "run/answers_PBAA.jsonl").unlink()
+    shutil.rmtree(OUT / "policy")                      # another policy in its place
+    (OUT / "answers_PBAA.jsonl").unlink()
     other = change(FEW, policy={"lr": 1e-2})
     report_of(other)
     assert seen[0] == seen[1] and seen[1:] == sorted(set(seen))
-    (tmp_path / "run/report.json.args.json").unlink()
+    (OUT / "report.json.args.json").unlink()
     with pytest.raises(UserError, match="report.json exists and was not made by this command; .* move or delete it"):
         report_of(other)
 
@@ -327,8 +307,7 @@ def live(folder, words):
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     checkpoints.SAVE_SECONDS = 0
-    with contextlib.chdir(folder.parent):
-        run_here(f"python run.py --out {folder.name} {words}", pytest.MonkeyPatch())
+    run_here(f"python run.py --out {folder} {words}")
 
 
 def start(folder, words):
@@ -336,10 +315,6 @@ def start(folder, words):
     process = multiprocessing.get_context("fork").Process(target=live, args=(folder, words))
     process.start()
     return process
-
-
-def first_missing(folder):
-    return next((number for number, file in enumerate(OUTPUTS) if not (folder / file).exists()), len(OUTPUTS))
 
 
 def kill(process, folder, stage, delay):
@@ -355,7 +330,7 @@ def kill(process, folder, stage, delay):
     process.kill()
     process.join()
     assert process.exitcode in (0, -9), Path(f"{folder}.log").read_text()[-2000:]
-    return process.exitcode
+    return process.exitcode < 0
 
 
 def results(folder):
@@ -368,35 +343,30 @@ def results(folder):
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    """In each of its stages at a random moment. SSO_KILLS=10 kills ten times a stage, at other moments each time."""
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(monkeypatch):
+    """In each of its stages at a random moment."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    kills = int(os.environ.get("SSO_KILLS", 1))
-    seed = random.randrange(2**32) if kills > 1 else 0
-    rng = random.Random(seed)
-    words = (f"--model {TOY_BASE} --queries {write_queries(tmp_path, 20)} --recipe {world.RECIPE} "
+    rng = random.Random(0)
+    words = (f"--model {TOY_BASE} --queries {write_queries(20)} --recipe {world.RECIPE} "
              f"--grader {world.__file__} --set principles.batch_size=4 --set responses.batch_size=4 "
              "--set generator.batch_size=4 --set generator.epochs=2 --set policy.batch_size=4")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed = Path("whole"), Path("killed")
     began = time.time()
     process = start(whole, words)
     process.join()
     assert process.exitcode == 0, Path(f"{whole}.log").read_text()[-2000:]
     ends = [began] + [(whole / file).stat().st_mtime for file in OUTPUTS]
-    hits = []
+    hits = 0
     for stage in range(len(OUTPUTS)):
-        for _ in range(kills):
-            process = start(killed, words)
-            delay = rng.random() * (ends[stage + 1] - ends[stage])
-            if kill(process, killed, stage, delay):
-                hits.append(first_missing(killed))
-            for partial in killed.glob("*.jsonl.partial"):      # its last lines are torn
-                os.truncate(partial, max(0, partial.stat().st_size - rng.randrange(1000)))
+        process = start(killed, words)
+        delay = rng.random() * (ends[stage + 1] - ends[stage])
+        hits += kill(process, killed, stage, delay)
+        for partial in killed.glob("*.jsonl.partial"):      # its last lines are torn
+            os.truncate(partial, max(0, partial.stat().st_size - rng.randrange(1000)))
     process = start(killed, words)
     process.join()
     assert process.exitcode == 0, Path(f"{killed}.log").read_text()[-2000:]
-    print("killed before the end of", hits, "seed", seed)
-    assert len(hits) >= 0.9 * kills * len(OUTPUTS) - 1 and len(set(hits)) >= 6, hits
+    assert hits >= 0.8 * len(OUTPUTS)
     expected, found = results(whole), results(killed)
     assert found.keys() == expected.keys() and len(expected) > 40
-    assert [name for name in expected if found[name] != expected[name]] == [], (hits, seed)
+    assert [name for name in expected if found[name] != expected[name]] == []

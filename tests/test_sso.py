@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sso
-from conftest import KINDS, ROOT, write_jsonl
+from conftest import KINDS, ROOT, naive_logp, write_jsonl
 from plumbing import fast, models
 from plumbing.examples import read_examples
 from plumbing.records import UserError
@@ -45,15 +45,6 @@ def encoded(chat, record=RECORD, objective="sso", max_length=4096):
     """A record as an example: R pairs of token ids."""
     return [sso.encode_pair(chat.tokenizer, chat.end_id, pair, max_length)
             for pair in sso.preference_pairs(record, objective)]
-
-
-def naive_logp(model, prompt, response):
-    """log π(y|x) by a Python loop over one unpadded sequence: the model's own logits, a softmax a token."""
-    logits = model(torch.tensor([prompt + response])).logits[0].double()
-    total = 0
-    for i, token in enumerate(response):
-        total = total + torch.log(torch.softmax(logits[len(prompt) + i - 1], -1)[token])
-    return total
 
 
 def assert_same_gradients(model, value, expected):

@@ -3,52 +3,36 @@
 import random
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
+import eval as evaluation
 import generate
 import sso
-from conftest import TOY, TOY_BASE, run_here, write_jsonl
+from conftest import GRADER, TOY, TOY_BASE, run_here, write_jsonl
 from plumbing.grader import load_grader
 from plumbing.principles import begun_answer, cut
-from plumbing.records import UserError, read_jsonl
+from plumbing.recipes import load_toml
+from plumbing.records import UserError
 from plumbing.sampling import load_sampler
 from toy import world
 
-SORT, REVERSE = "sort these words : plum fox axe red", "say backwards : plum fox axe red"
-NAME, FILTER = "name three tools except : axe saw file", "keep only the fruits : plum fox fig red"
+pytestmark = pytest.mark.usefixtures("here")
+MARKS = load_toml(Path(__file__).with_name("marks.toml"))["toy"]
 
 
-@pytest.mark.parametrize("query, response, quality", [
-    (SORT, "axe fox plum red .", 1),
-    (SORT, "fox axe plum red .", 0.5),
-    (SORT, "axe fox plum red", 0.9),
-    (SORT, "axe fox plum red red .", 0.8),
-    (SORT, "", 0),
-    (SORT, "arr matey axe fox plum red arr .", 1),                                     # three extra words are free
-    (SORT, "axe fox plum red and i hope that this is .", 4 / (4 + 0.5 * 3)),           # six are not
-    (SORT, "sorry but i can not help with that .", 0),
-    (REVERSE, "red axe fox plum .", 1),
-    (REVERSE, "plum fox axe red .", 0),
-    (NAME, "rake drill wrench .", 1),
-    (NAME, "axe saw file .", 0),
-    (NAME, "rake rake rake .", 1 / 3),
-    (NAME, "rake drill wrench hammer .", 1),
-    (NAME, "rake drill wrench fox .", 3 / 4),
-    (FILTER, "fig plum .", 1),
-    (FILTER, "plum .", 0.5),
-    (FILTER, "plum fig fox .", 2 / 3),
-    (FILTER, "plum plum fig .", 2 / 3),
-])
-def test_the_toy_world_is_a_grader(query, response, quality):
+@pytest.mark.parametrize("query", MARKS)
+def test_the_toy_world_is_a_grader(query):
     """An unfinished answer loses a tenth, once. Queries of others are refused."""
     grade = load_grader(world.__file__)
-    assert grade(query, sso.Response(response, True)) == pytest.approx(quality)
-    unfinished = grade(query, sso.Response(response, False))
-    assert unfinished == pytest.approx(0.9 * quality if response.endswith(".") else quality)
+    for response, quality in MARKS[query].items():
+        assert grade(query, sso.Response(response, True)) == pytest.approx(quality), response
+        unfinished = grade(query, sso.Response(response, False))
+        assert unfinished == pytest.approx(0.9 * quality if response.endswith(".") else quality), response
     with pytest.raises(UserError, match="'Why.' is not a query of the toy world"):
-        grade("Why?", sso.Response(response, True))
+        grade("Why?", sso.Response("", True))
 
 
 def test_solutions_are_right_and_every_other_mode_is_worse_except_in_style():
@@ -89,31 +73,28 @@ def test_what_it_is_trained_on_is_what_its_template_and_prompts_give():
     assert tokenizer.unk_token_id not in fixed[0] + fixed[1]
 
 
-def test_the_command_that_made_its_model_makes_a_folder_that_loads(tmp_path, monkeypatch):
-    run_here(f"python -m toy.world base --out {tmp_path}/base --steps 3", monkeypatch)
-    made, base = load_sampler(tmp_path / "base"), load_sampler(TOY_BASE)
+def test_the_command_that_made_its_model_makes_a_folder_that_loads():
+    run_here(f"python -m toy.world base --out base --steps 3")
+    made, base = load_sampler("base"), load_sampler(TOY_BASE)
     assert made.tokenizer.get_vocab() == base.tokenizer.get_vocab()
     assert made.tokenizer.chat_template == base.tokenizer.chat_template
     assert made.stop_ids == base.stop_ids and made.model.config.to_diff_dict() == base.model.config.to_diff_dict()
 
 
 @pytest.mark.slow
-def test_its_model_trained_again_is_as_good(tmp_path):
+def test_its_model_trained_again_is_as_good():
     """Plain answers, and under good principles: bytes differ from machine to machine."""
-    world.build(tmp_path / "again")
+    world.build("again")
     records = [world.write_principles(query, "default", 0) for query in world.make_queries()[1][:256]]
-    principles = write_jsonl(tmp_path / "p.jsonl", records)
-    quality = {}
-    for model in (TOY_BASE, tmp_path / "again"):
-        out = tmp_path / f"{model.name}.jsonl"
-        generate.responses(model, principles, out, TOY, roles=("good", "original"))
-        for role in ("good", "original"):
-            grades = []
-            for record in read_jsonl(out):
-                grades.append(world.grade(record["prompt"][0]["content"], *sso.record_response(record, role)))
-            quality[model.name, role] = statistics.fmean(grades)
-    assert quality["again", "original"] == pytest.approx(quality["base", "original"], abs=0.04), quality
-    assert min(quality["base", "good"], quality["again", "good"]) >= 0.85, quality
+    principles = write_jsonl("p.jsonl", records)
+    plain, good = [], []
+    for model in (TOY_BASE, Path("again")):
+        out = f"{model.name}.jsonl"
+        generate.responses(model, principles, out, TOY)
+        measures = evaluation.measure_pairs(out, model, GRADER, TOY)
+        plain.append(measures["yo"]["mean"])
+        good.append(measures["y+"]["mean"])
+    assert plain[0] == pytest.approx(plain[1], abs=0.04) and min(good) >= 0.85
 
 
 def test_no_held_out_query_is_trained_on_and_every_round_has_its_own():

@@ -1,46 +1,28 @@
 """The loop: what a step does, that it does not depend on how it is split or interrupted, and what stops it."""
 
-import json
 import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import sso
 import train
-from conftest import ROOT, TOY, TOY_BASE, make_checkpoint
+from conftest import (TOY, TOY_BASE, assert_same_weights, change_json, log, make_checkpoint, naive_logp,
+                      probability)
 from plumbing import checkpoint, fast, memory
 from plumbing.checkpoint import Progress
 from plumbing.examples import read_examples
 from plumbing.models import load_chat
 from plumbing.recipes import change, stage_settings
-from plumbing.records import UserError, read_jsonl
+from plumbing.records import UserError, read_json, read_jsonl
 from plumbing.scoring import score
-from toy import world
 
-
-@pytest.fixture(scope="module")
-def data(toy_data):
-    return toy_data / "responses.jsonl"
-
-
-@pytest.fixture
-def base():
-    return load_chat(TOY_BASE)
-
-
-@pytest.fixture
-def examples(base, data):
-    """The data as the generator's examples."""
-    return read_examples(data, "sso", base, 256, TOY["prompts"])[0]
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def recipe(stage, **settings):
@@ -48,35 +30,24 @@ def recipe(stage, **settings):
     return change(TOY, **{stage: {"epochs": 1, "batch_size": 16} | settings})
 
 
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same_weights(a, b, atol):
-    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol)
-
-
 # ---- One step ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("budget", [1, 300, 1200])
-def test_the_gradient_is_that_of_the_mean_for_any_micro_batch_size(base, examples, budget):
+def test_the_gradient_is_that_of_the_mean_for_any_micro_batch_size(toy_chat, toy_examples, budget):
     """Compares gradients: AdamW divides by their size, and would blow rounding up where they are nearly zero."""
-    ref, _ = score(base, examples, 1000)
+    ref, _ = score(toy_chat, toy_examples, 1000)
     ref += torch.randn(ref.shape, generator=torch.Generator().manual_seed(0))       # margins that are not zero
-    batch = list(range(len(examples)))[:3:-1]
+    batch = list(range(len(toy_examples)))[:3:-1]
 
     def loss(group):
-        logps, tokens = base.pair_logps(base.model, [examples[i] for i in group], base.pad_id)
+        logps, tokens = toy_chat.pair_logps(toy_chat.model, [toy_examples[i] for i in group], toy_chat.pad_id)
         return sso.sso_loss(logps, ref[:, :, group], tokens, "dpo", 0.1, beta=0.1)
 
     losses, parts = loss(batch)
-    whole = torch.autograd.grad(losses.mean(), list(base.model.parameters()))
-    assert len(memory.micro_batches(examples, batch, budget)) > 2
-    split = train.accumulate_gradient(base, examples, batch, loss, {"micro_batch_tokens": budget})
-    for parameter, gradient in zip(base.model.parameters(), whole):
+    whole = torch.autograd.grad(losses.mean(), list(toy_chat.model.parameters()))
+    assert len(memory.micro_batches(toy_examples, batch, budget)) > 2
+    split = train.accumulate_gradient(toy_chat, toy_examples, batch, loss, {"micro_batch_tokens": budget})
+    for parameter, gradient in zip(toy_chat.model.parameters(), whole):
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-6 * max(1, gradient.abs().max().item()))
     assert train.summarize(split, ("L+", "L-")) == pytest.approx(train.summarize(parts, ("L+", "L-")), rel=1e-4)
 
@@ -93,26 +64,25 @@ def test_micro_batches_hold_every_example_once_within_the_budget():
 
 
 @pytest.fixture(scope="module")
-def policy(data, tmp_path_factory):
+def policy(toy_responses, tmp_path_factory):
     """A policy that was trained as simply as can be: plain log-probs, a whole batch at once."""
     out = tmp_path_factory.mktemp("policy") / "policy"
-    train.policy(TOY_BASE, data, out, recipe("policy", lr=1e-4))
+    train.policy(TOY_BASE, toy_responses, out, recipe("policy", lr=1e-4))
     return out
 
 
 @pytest.mark.parametrize("settings", [{"logps": "fast"}, {"micro_batch_tokens": 600, "recompute_layers": 1},
                                       {"logps": "fast", "micro_batch_tokens": 300, "recompute_layers": 1}])
-def test_log_probs_micro_batches_and_layers_computed_again_train_the_same_policy(policy, data, tmp_path, settings):
+def test_log_probs_micro_batches_and_layers_computed_again_train_the_same_policy(policy, toy_responses, settings):
     """From a model with dropout, which nothing may turn on."""
-    model = shutil.copytree(TOY_BASE, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.5}
-    (model / "config.json").write_text(json.dumps(config))
-    train.policy(model, data, tmp_path / "out", recipe("policy", lr=1e-4, **settings))
-    assert_same_weights(policy, tmp_path / "out", atol=1e-5)
+    shutil.copytree(TOY_BASE, "model")
+    change_json("model/config.json", attention_dropout=0.5)
+    train.policy("model", toy_responses, "out", recipe("policy", lr=1e-4, **settings))
+    assert_same_weights(policy, "out", atol=1e-5)
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_the_same_policy_and_few_of_them_are_made(policy, data, tmp_path, monkeypatch):
+def test_compiled_layers_train_the_same_policy_and_few_of_them_are_made(policy, toy_responses, monkeypatch):
     """Not one for every width. The backend needs no C++ compiler: it shows what dynamo makes of the model, and how
     often."""
     compile, make_mask = torch.nn.Module.compile, fast.make_mask
@@ -129,16 +99,16 @@ def test_compiled_layers_train_the_same_policy_and_few_of_them_are_made(policy, 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(self, backend=backend, **how))
     monkeypatch.setattr(fast, "make_mask", watched)
     settings = recipe("policy", lr=1e-4, compile=1, logps="fast", micro_batch_tokens=150)
-    train.policy(TOY_BASE, data, tmp_path / "out", settings)
-    assert_same_weights(policy, tmp_path / "out", atol=1e-5)
+    train.policy(TOY_BASE, toy_responses, "out", settings)
+    assert_same_weights(policy, "out", atol=1e-5)
     assert len(widths) > 5 and 0 < len(made) <= 8
 
 
-def test_every_batch_is_compared_with_the_reference_of_its_own_examples(data, tmp_path):
+def test_every_batch_is_compared_with_the_reference_of_its_own_examples(toy_responses):
     """With a learning rate of next to nothing the policy stays the reference: all margins are zero."""
-    train.generator(TOY_BASE, data, tmp_path / "g", recipe("generator", lr=1e-12, batch_size=7))
-    assert len(log(tmp_path / "g")) > 5
-    for row in log(tmp_path / "g"):
+    train.generator(TOY_BASE, toy_responses, "g", recipe("generator", lr=1e-12, batch_size=7))
+    assert len(log("g")) > 5
+    for row in log("g"):
         assert [row["margin"], row["chosen_rewards"], row["base"] - math.log(2)] == pytest.approx([0, 0, 0], abs=1e-5)
 
 
@@ -149,17 +119,13 @@ def simpo_loss(policy_logps, ref_logps, tokens, beta, margin, **others):
 
 
 def loss_by_hand(model, pair, base_loss, gamma, beta, margin):
-    """L_base + γ L_sft of a pair at step zero, where policy = reference, by a loop over its tokens."""
-    logps = []
-    for response in (pair.winner, pair.loser):
-        token_logps = model(torch.tensor([pair.prompt + response])).logits[0].log_softmax(-1)
-        logps.append(sum(token_logps[len(pair.prompt) + i - 1, token] for i, token in enumerate(response)))
-
+    """L_base + γ L_sft of a pair at step zero, where policy = reference."""
     def ratio(logp):
         """log π_θ / π_ref: 0, with the gradient of the log-prob."""
         return logp - logp.detach()
 
-    w, l = logps
+    w = naive_logp(model, pair.prompt, pair.winner)
+    l = naive_logp(model, pair.prompt, pair.loser)
     w_mean, l_mean = w / len(pair.winner), l / len(pair.loser)
     if base_loss == "dpo":
         base = -torch.log(torch.sigmoid(beta * (ratio(w) - ratio(l))))
@@ -173,7 +139,7 @@ def loss_by_hand(model, pair, base_loss, gamma, beta, margin):
 @pytest.mark.parametrize("stage, objective, base_loss, gamma", [
     ("generator", "sso", "dpo", 0.3), ("policy", "policy", "dpo", 0.0), ("generator", "mine", "ipo", 0.3),
     ("policy", "policy", "simpo", 0.0)])
-def test_a_training_does_one_step_by_hand(data, tmp_path, monkeypatch, capsys, stage, objective, base_loss, gamma):
+def test_a_training_does_one_step_by_hand(toy_responses, monkeypatch, capsys, stage, objective, base_loss, gamma):
     """One step moves the weights as AdamW on the naive loss does. An objective of one's own is a row, a base loss a
     function. SimPO has a setting of its own, and makes no reference pass."""
     beta, margin, lr, decay, scored = 0.2, 0.7, 1e-3, 5.0, []
@@ -182,7 +148,7 @@ def test_a_training_does_one_step_by_hand(data, tmp_path, monkeypatch, capsys, s
     monkeypatch.setitem(sso.BASE_LOSSES, "simpo", simpo_loss)
     monkeypatch.setattr(sso, "REFERENCE_FREE", {"simpo"})
     monkeypatch.setattr(train, "score", lambda *args, **how: scored.append(args) or score(*args, **how))
-    train.train(stage, TOY_BASE, data, tmp_path / "out", recipe(
+    train.train(stage, TOY_BASE, toy_responses, "out", recipe(
         stage, objective=objective, base_loss=base_loss, gamma=gamma, beta=beta, margin=margin, lr=lr,
         weight_decay=decay, batch_size=1000, examples=20, warmup=0.0, clip=0.5))
     known = {"dpo": "0.6931 (ln 2 = 0.6931)", "ipo": "6.2500 (1/(4β²) = 6.2500)", "simpo": ""}
@@ -191,7 +157,7 @@ def test_a_training_does_one_step_by_hand(data, tmp_path, monkeypatch, capsys, s
 
     chat = load_chat(TOY_BASE)
     before = {name: value.clone() for name, value in chat.model.state_dict().items()}
-    examples, _ = read_examples(data, objective, chat, 256, TOY["prompts"], limit=20)
+    examples, _ = read_examples(toy_responses, objective, chat, 256, TOY["prompts"], limit=20)
     pairs = sum(examples, [])
     loss = sum(loss_by_hand(chat.model, pair, base_loss, gamma, beta, margin) for pair in pairs) / len(examples)
     loss.backward()
@@ -199,9 +165,9 @@ def test_a_training_does_one_step_by_hand(data, tmp_path, monkeypatch, capsys, s
     torch.nn.utils.clip_grad_norm_(parameters, 0.5)
     torch.optim.AdamW([{"params": [p for p in parameters if p.ndim == 2], "weight_decay": decay},
                        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}], lr=lr).step()
-    row, = log(tmp_path / "out")
+    row, = log("out")
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-4) and ("loss B" in row) == (objective == "mine")
-    trained = load_chat(tmp_path / "out").model.state_dict()
+    trained = load_chat("out").model.state_dict()
     moved = [trained[name] - value * (1 - lr * decay * (value.ndim == 2)) for name, value in before.items()]
     assert max(change.abs().max().item() for change in moved) == pytest.approx(lr, rel=0.01)
     for name, value in chat.model.state_dict().items():
@@ -209,7 +175,7 @@ def test_a_training_does_one_step_by_hand(data, tmp_path, monkeypatch, capsys, s
         assert close.float().mean() > 0.99, name
 
 
-def test_gradients_are_clipped_and_the_schedule_applied_before_an_update(data, tmp_path, monkeypatch):
+def test_gradients_are_clipped_and_the_schedule_applied_before_an_update(toy_responses, monkeypatch):
     """AdamW's first step would not tell. The log has the norm before the clipping."""
     norms, rates, step = [], [], torch.optim.AdamW.step
 
@@ -222,8 +188,8 @@ def test_gradients_are_clipped_and_the_schedule_applied_before_an_update(data, t
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     logged = []
     for clip in (0.25, 1e6):
-        train.policy(TOY_BASE, data, tmp_path / str(clip), recipe("policy", clip=clip, lr=1e-3, warmup=0.6))
-        logged += log(tmp_path / str(clip))
+        train.policy(TOY_BASE, toy_responses, str(clip), recipe("policy", clip=clip, lr=1e-3, warmup=0.6))
+        logged += log(str(clip))
     clipped = [min(row["grad_norm"], 0.25) for row in logged[:3]]
     assert norms == pytest.approx(clipped + [row["grad_norm"] for row in logged[3:]], rel=1e-4) and clipped[0] == 0.25
     assert rates == [[row["lr"]] * 2 for row in logged] and rates[:2] == [[5e-4] * 2, [1e-3] * 2]
@@ -241,11 +207,11 @@ def test_schedule_and_order():
 
 # ---- The log -------------------------------------------------------------------------------------
 
-def test_every_step_is_logged(data, tmp_path, monkeypatch, capsys):
+def test_every_step_is_logged(toy_responses, monkeypatch, capsys):
     made, make_batches = [], train.make_batches
     monkeypatch.setattr(train, "make_batches", lambda *args: made.append(args) or make_batches(*args))
-    train.generator(TOY_BASE, data, tmp_path / "g", change(recipe("generator"), run={"seed": 4}))
-    printed, rows = capsys.readouterr().out, log(tmp_path / "g")
+    train.generator(TOY_BASE, toy_responses, "g", change(recipe("generator"), run={"seed": 4}))
+    printed, rows = capsys.readouterr().out, log("g")
     n = int(printed.split("responses.jsonl: ")[1].split()[0])
     assert made == [(n, 16, 1, 4)]              # examples, batch size, epochs, seed
     assert "L-: prompt '<|im_start|> system" in printed
@@ -259,18 +225,15 @@ def test_every_step_is_logged(data, tmp_path, monkeypatch, capsys):
 
 
 def probability_of_yo(model, data):
-    """By hand, from plain logits: the mean over the first responses of exp(mean token log-prob)."""
-    chat, values = load_chat(model), []
+    """By hand, from plain logits: the mean over the first responses."""
+    chat = load_chat(model)
+    values = []
     for record in read_jsonl(data)[:32]:
-        prompt = sso.encode_prompt(chat.tokenizer, record["prompt"])
-        ids = sso.encode_response(chat.tokenizer, chat.end_id, sso.record_response(record, "original"))
-        logps = chat.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
-        tokens = [logps[len(prompt) + i - 1, token].item() for i, token in enumerate(ids)]
-        values.append(math.exp(sum(tokens) / len(tokens)))
+        values.append(probability(chat, record["prompt"], sso.record_response(record, "original")))
     return sum(values) / len(values)
 
 
-def test_a_policys_log_has_how_probable_its_own_answers_still_are(data, tmp_path, monkeypatch, capsys):
+def test_a_policys_log_has_how_probable_its_own_answers_still_are(toy_responses, monkeypatch, capsys):
     """Its learning rate is far too high, so there is a warning; also after an interruption, when the weights before are
     gone."""
     calls, accumulate = [], train.accumulate_gradient
@@ -284,14 +247,14 @@ def test_a_policys_log_has_how_probable_its_own_answers_still_are(data, tmp_path
     monkeypatch.setattr(train, "accumulate_gradient", interrupted)
     settings = recipe("policy", batch_size=4, lr=3e-2)
     with pytest.raises(KeyboardInterrupt):
-        train.policy(TOY_BASE, data, tmp_path / "p", settings)
-    train.policy(TOY_BASE, data, tmp_path / "p", settings)
-    rows = log(tmp_path / "p")
+        train.policy(TOY_BASE, toy_responses, "p", settings)
+    train.policy(TOY_BASE, toy_responses, "p", settings)
+    rows = log("p")
     looked = {row["step"]: row["p(original)"] for row in rows if "p(original)" in row}
     assert list(looked) == [0, 8, len(rows) - 1] and len(rows) > 10         # after the update of that step
     before, = {row["p(original) before"] for row in rows if "p(original)" in row}
-    assert before == pytest.approx(probability_of_yo(TOY_BASE, data), rel=1e-4)
-    assert looked[len(rows) - 1] == pytest.approx(probability_of_yo(tmp_path / "p", data), rel=1e-3)
+    assert before == pytest.approx(probability_of_yo(TOY_BASE, toy_responses), rel=1e-4)
+    assert looked[len(rows) - 1] == pytest.approx(probability_of_yo("p", toy_responses), rel=1e-3)
     line = f"p(original) fell from {before:.2f} to {looked[8]:.2f}: the policy unlearns its own answers"
     assert line in capsys.readouterr().out and looked[8] < before / 2
 
@@ -304,8 +267,7 @@ def supervised(chat, examples):
         losses = []
         for i in group:
             [(prompt, winner, _)] = examples[i]
-            logits = chat.model(torch.tensor([prompt + winner])).logits[0, len(prompt) - 1:-1]
-            losses.append(F.cross_entropy(logits, torch.tensor(winner)))
+            losses.append(-naive_logp(chat.model, prompt, winner) / len(winner))
         losses = torch.stack(losses)
         return losses, {"loss": losses.detach()[None]}
     return loss
@@ -325,19 +287,19 @@ def train_policy(data, out):
     train.policy(TOY_BASE, data, out, SETTINGS)
 
 
-def test_the_loop_trains_by_any_loss(base, data, tmp_path, capsys):
-    chat, examples = fit_supervised(data, tmp_path / "out")
+def test_the_loop_trains_by_any_loss(toy_chat, toy_responses, capsys):
+    chat, examples = fit_supervised(toy_responses, "out")
     with torch.no_grad():
-        before, after = (supervised(each, examples)(range(len(examples)))[0].mean() for each in (base, chat))
+        before, after = (supervised(each, examples)(range(len(examples)))[0].mean() for each in (toy_chat, chat))
     assert after < 0.9 * before
-    first = log(tmp_path / "out")[0]
+    first = log("out")[0]
     assert first.keys() == {"step", "loss", "grad_norm", "lr", "seconds"}
     assert f"loss at step zero: {first['loss']:.4f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("trains, stop", [(fit_supervised, signal.SIGINT), (train_policy, signal.SIGTERM),
                                           (train_policy, None)])
-def test_an_interrupted_training_continues_to_the_same_weights(data, tmp_path, monkeypatch, trains, stop):
+def test_an_interrupted_training_continues_to_the_same_weights(toy_responses, monkeypatch, trains, stop):
     """The signal comes between the second update and its line of the log, and is held back: it is neither lost nor done
     twice. Without a signal, a kill behind that line: the log is ahead of the last checkpoint."""
     write = Progress.log
@@ -353,56 +315,33 @@ def test_an_interrupted_training_continues_to_the_same_weights(data, tmp_path, m
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
         patch.setattr(Progress, "log", log_and_stop)
         patch.setattr(checkpoint, "SAVE_SECONDS", -1)           # a checkpoint before every step
-        trains(data, tmp_path / "a")
+        trains(toy_responses, "a")
     assert [signal.getsignal(each) for each in checkpoint.STOPS] == handlers
-    assert torch.load(tmp_path / "a.partial/checkpoint.pt")["step"] == 1 + bool(stop)
-    assert len(log(tmp_path / "a.partial")) == 2 and not (tmp_path / "a").exists()
+    assert torch.load("a.partial/checkpoint.pt")["step"] == 1 + bool(stop)
+    assert len(log("a.partial")) == 2 and not Path("a").exists()
     for name in "ab":
-        trains(data, tmp_path / name)
-    assert_same_weights(tmp_path / "a", tmp_path / "b", atol=1e-6)
-    assert [row["step"] for row in log(tmp_path / "a")] == [0, 1, 2]
-    assert not (tmp_path / "a/checkpoint.pt").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_command_that_was_stopped_continues_to_the_same_weights(data, tmp_path, stop):
-    line = f"train.py generator --model {TOY_BASE} --data {data} --recipe {world.RECIPE} --set generator.batch_size=4"
-    process = subprocess.Popen([sys.executable, *line.split(), "--out", tmp_path / "a"], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True,       # Ctrl-C reaches it, also under nohup
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while not ((tmp_path / "a.partial/log.jsonl").exists() and len(log(tmp_path / "a.partial")) > 2):
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(stop)
-    said = process.communicate()[1]
-    assert process.returncode
-    if stop != signal.SIGKILL:
-        assert said.endswith("interrupted; the same command continues where it stopped\n")
-        assert torch.load(tmp_path / "a.partial/checkpoint.pt")["step"] == len(log(tmp_path / "a.partial")) > 2
-    for name in "ab":
-        train.generator(TOY_BASE, data, tmp_path / name, change(TOY, generator={"batch_size": 4}))
-    assert_same_weights(tmp_path / "a", tmp_path / "b", atol=1e-6)
-    assert [row["step"] for row in log(tmp_path / "a")] == list(range(48))
+        trains(toy_responses, name)
+    assert_same_weights("a", "b", atol=1e-6)
+    assert [row["step"] for row in log("a")] == [0, 1, 2]
+    assert not Path("a/checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("batch_size, message", [
     (8, r"the loss became nan .* at step [12]; the last good state is \S+checkpoint.pt. Try a lower learning rate"),
     (1000, "the last update made weights NaN or infinite; nothing is saved. Try a lower learning rate")])
-def test_what_is_not_finite_stops_a_training_with_its_last_good_state(data, tmp_path, monkeypatch, batch_size, message):
+def test_what_is_not_finite_stops_a_training_with_its_last_good_state(toy_responses, monkeypatch, batch_size, message):
     monkeypatch.setattr(checkpoint, "SAVE_SECONDS", -1)
     with pytest.raises(UserError, match=message):
-        train.policy(TOY_BASE, data, tmp_path / "p", recipe("policy", lr=1e39, batch_size=batch_size, warmup=0.0))
-    kept = torch.load(tmp_path / "p.partial/checkpoint.pt")
+        train.policy(TOY_BASE, toy_responses, "p", recipe("policy", lr=1e39, batch_size=batch_size, warmup=0.0))
+    kept = torch.load("p.partial/checkpoint.pt")
     assert all(value.isfinite().all() for value in kept["model"].values())
-    assert not (tmp_path / "p").exists() and all(math.isfinite(row["loss"]) for row in log(tmp_path / "p.partial"))
+    assert not Path("p").exists() and all(math.isfinite(row["loss"]) for row in log("p.partial"))
 
 
-def test_a_checkpoint_with_a_temperature_but_no_do_sample_is_saved(tmp_path):
-    path = make_checkpoint(tmp_path / "model", "qwen3")
-    config = json.loads((path / "generation_config.json").read_text()) | {"do_sample": False, "temperature": 0.6}
-    (path / "generation_config.json").write_text(json.dumps(config))
-    chat = load_chat(path)
-    Progress(tmp_path / "out", chat.model, None).finish(chat)
-    saved = json.loads((tmp_path / "out/generation_config.json").read_text())
+def test_a_checkpoint_with_a_temperature_but_no_do_sample_is_saved():
+    make_checkpoint("model", "qwen3")
+    change_json("model/generation_config.json", do_sample=False, temperature=0.6)
+    chat = load_chat("model")
+    Progress("out", chat.model, None).finish(chat)
+    saved = read_json("out/generation_config.json")
     assert saved["temperature"] == 0.6 and saved["do_sample"]       # a combination that transformers would save

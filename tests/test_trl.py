@@ -1,14 +1,12 @@
 """Training by TRL: that it is the training of train.py."""
 
-import json
-import random
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 import train
-from conftest import PAPER, command, make_checkpoint, run_here, write_jsonl
+from conftest import PAPER, command, log, make_checkpoint, run_here
 from lab import trl_generator
 from plumbing.models import load_chat
 from plumbing.recipes import change
@@ -18,27 +16,9 @@ needs_trl = pytest.mark.skipif(not find_spec("trl"), reason="TRL is not installe
 SETTINGS = {"batch_size": 2, "lr": 3e-3, "warmup": 0.3}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Five queries: with batches of two the last of an epoch is smaller. Some responses are cut off."""
-    rng = random.Random(0)
-
-    def text():
-        return "".join(rng.choices("abcdef .", k=rng.randint(5, 50))) + "."
-
-    records = []
-    for i in range(5):
-        record = {"prompt": text(), "good_principle": text(), "bad_principle": text()}
-        for column in ("chosen", "rejected", "original"):
-            record |= {column: text(), f"{column}_finished": rng.random() < 0.5}
-        records.append(record)
-    return write_jsonl(tmp_path_factory.mktemp("trl") / "responses.jsonl", records)
-
-
 def assert_same_training(ours, trls, rewards=True):
     """The same losses, gradient norms and learning rates, at first to five digits; the same weights and tokenizer."""
-    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (ours, trls)]
-    for our_row, trl_row in zip(*logs, strict=True):
+    for our_row, trl_row in zip(log(ours), log(trls), strict=True):
         later = our_row["step"] > 0
         for name in ("step", "loss", "grad_norm", "lr"):
             assert trl_row[name] == pytest.approx(our_row[name], rel=1e-4 if later else 1e-5), name
@@ -58,23 +38,23 @@ def assert_same_training(ours, trls, rewards=True):
 @pytest.mark.parametrize("family, stage, changed", [
     ("qwen3", "generator", {"epochs": 2}), ("qwen3", "policy", {}),
     ("llama", "generator", {"base_loss": "ipo", "objective": "plus", "recompute_layers": 1})])
-def test_trls_training_is_that_of_train(family, stage, changed, data, tmp_path, capsys):
+def test_trls_training_is_that_of_train(family, stage, changed, random_responses, tmp_path, capsys):
     model = make_checkpoint(tmp_path / "model", family)
     recipe = change(PAPER, **{stage: SETTINGS | changed})
     ours, trls = tmp_path / "ours", tmp_path / "trls"
-    train.train(stage, model, data, ours, recipe)
-    trl_generator.trl_train(stage, model, data, trls, recipe)
+    train.train(stage, model, random_responses, ours, recipe)
+    trl_generator.trl_train(stage, model, random_responses, trls, recipe)
     assert_same_training(ours, trls, rewards="base_loss" not in changed)        # TRL's rewards of IPO are sums
     capsys.readouterr()
-    trl_generator.trl_train(stage, model, data, trls, recipe)       # each takes the other's folder for its own
-    train.train(stage, model, data, trls, recipe)
+    trl_generator.trl_train(stage, model, random_responses, trls, recipe)       # each takes the other's folder for its own
+    train.train(stage, model, random_responses, trls, recipe)
     assert capsys.readouterr().out == 2 * f"{trls}: complete\n"
 
 
 @needs_trl
 @pytest.mark.slow
-def test_two_processes_train_as_one(qwen3, data, tmp_path):
-    rest = ["generator", "--model", qwen3, "--data", data]
+def test_two_processes_train_as_one(qwen3, random_responses, tmp_path):
+    rest = ["generator", "--model", qwen3, "--data", random_responses]
     for name, value in SETTINGS.items():
         rest += ["--set", f"generator.{name}={value}"]
     command("train.py", *rest, "--out", tmp_path / "ours")
@@ -87,7 +67,7 @@ def test_two_processes_train_as_one(qwen3, data, tmp_path):
 def test_without_trl_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="^error: TRL is not installed: pip install trl==[0-9.]+$"):
-        run_here(f"python -m lab.trl_generator policy --model m --data d --out {tmp_path}/out", monkeypatch)
+        run_here(f"python -m lab.trl_generator policy --model m --data d --out {tmp_path}/out")
     assert not list(tmp_path.iterdir())
 
 
