@@ -4,6 +4,9 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 
 import sso
 import train
-from conftest import (TOY, TOY_BASE, assert_same_weights, change_json, log, make_checkpoint, naive_logp,
+from conftest import (ROOT, TOY, TOY_BASE, assert_same_weights, change_json, log, make_checkpoint, naive_logp,
                       probability)
 from plumbing import checkpoint, fast, memory
 from plumbing.checkpoint import Progress
@@ -21,6 +24,7 @@ from plumbing.models import load_chat
 from plumbing.recipes import change, stage_settings
 from plumbing.records import UserError, read_json, read_jsonl
 from plumbing.scoring import score
+from toy import world
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -324,6 +328,28 @@ def test_an_interrupted_training_continues_to_the_same_weights(toy_responses, mo
     assert_same_weights("a", "b", atol=1e-6)
     assert [row["step"] for row in log("a")] == [0, 1, 2]
     assert not Path("a/checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_was_stopped_continues_to_the_same_weights(toy_responses, stop):
+    line = (f"{ROOT}/train.py generator --model {TOY_BASE} --data {toy_responses} --recipe {world.RECIPE} "
+            "--set generator.batch_size=4 --out a")
+    process = subprocess.Popen([sys.executable, *line.split()], stderr=subprocess.PIPE, text=True,
+                               # Ctrl-C reaches it, also under nohup.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not (Path("a.partial/log.jsonl").exists() and len(log("a.partial")) > 2):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(stop)
+    said = process.communicate()[1]
+    assert process.returncode
+    assert said.endswith("interrupted; the same command continues where it stopped\n")
+    assert torch.load("a.partial/checkpoint.pt")["step"] == len(log("a.partial")) > 2
+    for name in "ab":
+        train.generator(TOY_BASE, toy_responses, name, change(TOY, generator={"batch_size": 4}))
+    assert_same_weights("a", "b", atol=1e-6)
+    assert [row["step"] for row in log("a")] == list(range(48))
 
 
 @pytest.mark.parametrize("batch_size, message", [
