@@ -50,9 +50,8 @@ def principles(model, queries, out, recipe, server=None):
 
     def make(batch):
         seeds = [f"{settings['seed']} principles {i}" for i in batch]
-        pairs, tokens = write(chat, [asked[i] for i in batch], seeds, settings, prompts)
-        made = [with_principles(records[i], *pair, prompts) for i, pair in zip(batch, pairs)]
-        return made, tokens
+        pairs = write(chat, [asked[i] for i in batch], seeds, settings, prompts)
+        return [with_principles(records[i], *pair, prompts) for i, pair in zip(batch, pairs)]
 
     made = grow(out, records, make, *sampling.sizes(chat, settings))
     print_counts(out, made)
@@ -119,19 +118,17 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
 
     def make(batch):
         made = {i: dict(records[i]) for i in batch}
-        tokens = 0
         for role in roles:
             asked = batch
             if role == "original" and originals is not None:
                 asked = [i for i in batch if i < originals]
             seeds = [f"{settings['seed']} {role} {i}" for i in asked]
             answers = sample(chat, [messages[role][i] for i in asked], seeds, settings)
-            for i, response in zip(asked, answers.responses):
+            for i, response in zip(asked, answers):
                 column = sso.COLUMNS[role]
                 made[i][column] = [{"role": "assistant", "content": response.text}]
                 made[i][f"{column}_finished"] = response.finished
-            tokens += answers.tokens
-        return list(made.values()), tokens
+        return list(made.values())
 
     print_counts(out, grow(out, records, make, *sampling.sizes(chat, settings)))
 

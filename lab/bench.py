@@ -28,7 +28,7 @@ import sso
 import train
 from lab import results, trl_generator
 from plumbing import command, fast, sampling
-from plumbing.models import Chat, autocast, device, load_chat, precision
+from plumbing.models import Chat, autocast, device, load_chat
 from plumbing.plaintext import PlainText
 from plumbing.recipes import stage_settings
 from plumbing.records import read_queries
@@ -113,21 +113,14 @@ def measure(works, repeats):
 
 # ---- Training ------------------------------------------------------------------------------------
 
-def library_logps(hidden, head, targets):
-    """`fast.token_logps` by torch, 2.13 or later."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=fast.CHUNK)
-    dtype = precision()                 # autocast does not know this function
-    return -F.linear_cross_entropy(hidden.to(dtype), head.to(dtype), targets, reduction="none",
-                                   options=options).float()
-
-
-def by_library(*batch):
-    """`fast.pair_logps` with torch's head."""
-    with mock.patch.object(fast, "token_logps", library_logps):
+def by_checkpoints(*batch):
+    """`fast.pair_logps` as it is under autocast, and with torch before 2.13."""
+    with mock.patch.object(F, "linear_cross_entropy", create=True):
+        del F.linear_cross_entropy
         return fast.pair_logps(*batch)
 
 
-FORMS = {"ours": fast.pair_logps, "F.linear_cross_entropy": by_library,
+FORMS = {"ours": fast.pair_logps, "ours, head by checkpoints": by_checkpoints,
          "plain form": sso.pair_logps}
 
 
@@ -216,7 +209,7 @@ def respond(chat, chats, settings, decode=sampling.decode):
     with mock.patch.object(sampling, "decode", decode):
         for start in range(0, len(chats), size):
             batch = chats[start:start + size]
-            responses += sampling.sample(chat, batch, map(str, batch), settings).responses
+            responses += sampling.sample(chat, batch, map(str, batch), settings)
     return responses
 
 

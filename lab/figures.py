@@ -41,7 +41,10 @@ def draw(path, panels):
         panel(axis)
     figure.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:                     # an ending that names no format
+        raise UserError(f"{path}: {error}") from None
     pyplot.close(figure)
     print(f"{path}: drawn")
 

@@ -102,42 +102,37 @@ def read_partial(path):
 
 
 def grow(out, records, make, batch_size, workers):
-    """Make a record from each of `records` by make(indices) -> (new records, tokens), a batch at a
-    time, or with several workers (which wait for a server) that many batches at once. Writes them
-    to OUT in the order of `records`, and returns them. OUT.partial keeps each batch as a line as
-    soon as it is made, and is continued. If batches failed, a UserError at the end says so; the
-    others are kept."""
+    """Make a record from each of `records` by make(indices) -> new records, a batch at a time, or
+    with several workers (which wait for a server) that many batches at once. Writes them to OUT in
+    the order of `records`, and returns them. OUT.partial keeps each batch as a line as soon as it
+    is made, and is continued. If batches failed, a UserError at the end says so; the others are
+    kept."""
     partial = Path(f"{out}.partial")
     done = read_partial(partial)
     # Longest first: then little is padded, and memory runs out at once or never.
     left = sorted(set(range(len(records))) - done.keys(), key=lambda i: (-len(str(records[i])), i))
     batches = [left[start:start + batch_size] for start in range(0, len(left), batch_size)]
     bar = tqdm(total=len(records), initial=len(done), desc=Path(out).name, unit="query")
-    tokens = 0
     failures = []
 
     def attempt(batch):
         try:
-            made, tokens = make(batch)
-            return dict(zip(batch, made)), tokens
+            return dict(zip(batch, make(batch)))
         except UserError as error:
             failures.append(error)
-            return {}, 0
+            return {}
 
     with partial.open("a", encoding="utf-8") as file, bar, ThreadPool(workers) as pool:
         results = map(attempt, batches)
         if workers > 1:
             results = pool.imap_unordered(attempt, batches)
-        for made, new_tokens in results:
+        for made in results:
             if len(failures) >= ENOUGH:
                 break
             if made:
                 done |= made
                 file.write(as_lines([made]))
                 file.flush()
-                tokens += new_tokens
-                speed = tokens / max(1e-9, bar.format_dict["elapsed"])
-                bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                 bar.update(len(made))
     if failures:
         raise UserError(f"{len(records) - len(done)} of {len(records)} records are not made yet; "

@@ -39,25 +39,22 @@ def cut(text, prompts):
 
 
 def in_two_stages(chat, messages, seeds, settings, prompts):
-    """Pairs (bad, good) of principles, and the number of tokens. A model continues a begun
-    answer."""
+    """Pairs (bad, good) of principles. A model continues a begun answer."""
     pairs = [{} for _ in messages]
-    tokens = 0
     for kind in ("bad", "good"):
         begun = [begun_answer(kind, pair, prompts) for pair in pairs]
         answers = sample(chat, messages, [f"{seed} {kind}" for seed in seeds], settings, begun,
                          prompts["principles"]["end"])
-        for pair, answer in zip(pairs, answers.responses):
+        for pair, answer in zip(pairs, answers):
             pair[kind] = cut(answer.text, prompts)
-        tokens += answers.tokens
-    return [(pair["bad"], pair["good"]) for pair in pairs], tokens
+    return [(pair["bad"], pair["good"]) for pair in pairs]
 
 
 def in_one_answer(server, messages, seeds, settings, prompts):
     """The same by a server, which writes both principles in one answer."""
     settings = settings | {"max_new_tokens": 2 * settings["max_new_tokens"]}
     answers = sample(server, messages, seeds, settings)
-    return [labelled(answer.text, prompts) for answer in answers.responses], answers.tokens
+    return [labelled(answer.text, prompts) for answer in answers]
 
 
 def labelled(text, prompts=sso.PROMPTS):

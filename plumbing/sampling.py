@@ -2,7 +2,6 @@
 
 import random
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +15,6 @@ from plumbing.records import UserError, for_each
 
 SHARED = 32             # tokens of a common prefix from which on it is read once
 ROWS_ON_CUDA = 16       # times the setting batch_size: a step's time there is that of its launches
-
-
-class Sampled(NamedTuple):
-    responses: list     # of sso.Response
-    tokens: int         # in all
 
 
 def load_sampler(path, server=None, probes=()):
@@ -169,13 +163,13 @@ def check_context(chat, prompts, path):
 
 
 def sample(chat, prompts, seeds, settings, begun=None, end=None):
-    """Sample a response to each of N prompts, lists of chat messages, each with a seed of its own.
-    `begun`: texts that the responses go on from, and `end`: a text after which a response is of no
-    interest; neither is for a server."""
+    """Sample a `sso.Response` to each of N prompts, which are lists of chat messages. Each has its
+    own seed. `begun`: texts that the responses continue. `end`: what follows this text in a
+    response does not matter. Neither is for a server."""
     if not prompts:
-        return Sampled([], 0)
+        return []
     if isinstance(chat, servers.Server):
-        return Sampled(*servers.sample(chat, prompts, seeds, settings))
+        return servers.sample(chat, prompts, seeds, settings)
     begun = begun or [""] * len(prompts)
     encoded = [encode(chat, messages, text) for messages, text in zip(prompts, begun)]
     randoms = [random.Random(seed) for seed in seeds]
@@ -190,13 +184,12 @@ def sample(chat, prompts, seeds, settings, begun=None, end=None):
         return bool(end) and end in chat.tokenizer.decode(ids).lstrip()
 
     shared = shared_prefix(encoded) if chat.shares_prefix else 0
-    answers = decode(chat, encoded, choose, is_over, shared)
     responses = []
-    for ids in answers:
+    for ids in decode(chat, encoded, choose, is_over, shared):
         finished = ids[-1] in chat.stop_ids
         if finished:
             text = chat.tokenizer.decode_response(ids[:-1])
         else:
             text = chat.tokenizer.decode_response(ids).rstrip("\ufffd")     # half a character
         responses.append(sso.Response(text, finished))
-    return Sampled(responses, sum(map(len, answers)))
+    return responses

@@ -65,15 +65,14 @@ def load_server(url, model):
 
 
 def sample(server, prompts, seeds, settings):
-    """As `sampling.sample`: responses in the order of their prompts, and the tokens of all.
-    UserError if a request fails for good: no failure becomes an empty response."""
+    """As `sampling.sample`: responses in the order of their prompts. UserError if a request fails
+    for good: no failure becomes an empty response."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = list(pool.map(functools.partial(ask, server, settings), prompts, seeds))
-    return [response for response, _ in answers], sum(tokens for _, tokens in answers)
+        return list(pool.map(functools.partial(ask, server, settings), prompts, seeds))
 
 
 def ask(server, settings, messages, seed):
-    """One response, and its number of tokens."""
+    """One response."""
     fields = {"seed": zlib.crc32(seed.encode()) >> 1, "temperature": settings["temperature"],
               "top_p": settings["top_p"], "max_tokens": settings["max_new_tokens"],
               "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
@@ -104,7 +103,7 @@ def leave_out(server, error, names):
 
 
 def read(server, completion):
-    """The response in a completion, and its number of tokens. ValueError if there is none."""
+    """The response in a completion. ValueError if there is none."""
     try:
         choice = completion.choices[0]
         text = choice.message.content
@@ -120,8 +119,7 @@ def read(server, completion):
     if choice.finish_reason is None:
         say(server, "it does not say why an answer ended (finish_reason is null): taken as "
                     "finished")
-    tokens = getattr(completion.usage, "completion_tokens", 0) or 0
-    return sso.Response(text, finished), tokens
+    return sso.Response(text, finished)
 
 
 def without_thinking(text):
@@ -160,7 +158,7 @@ def judge_by_text(server, prompts, comparisons):
     for query, a, b in comparisons:
         asked += [sso.judge_messages(query, a.text, b.text, prompts),
                   sso.judge_messages(query, b.text, a.text, prompts)]
-    responses, _ = sample(server, asked, map(str, range(len(asked))), SHORT)
+    responses = sample(server, asked, map(str, range(len(asked))), SHORT)
     wins = [named(response.text) for response in responses]     # of m: 1, 0, or 0.5
     marks = []
     disagree = 0

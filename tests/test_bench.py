@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import sso
@@ -55,13 +56,12 @@ def test_every_form_has_the_same_gradient(chat, name):
         assert (a - b).norm() <= 1e-5 * a.norm()
 
 
-def test_a_step_by_the_library_does_not_use_our_head(chat, monkeypatch):
-    """Which is used under autocast."""
+def test_a_step_by_checkpoints_does_not_use_torchs_head(chat, monkeypatch):
+    torch_head = getattr(F, "linear_cross_entropy", None)
     monkeypatch.setattr(fast, "checkpoint", None)
-    with torch.autocast("cpu", torch.bfloat16):
-        bench.by_library(chat.model, short_work(1, chat), 0)
-        with pytest.raises(TypeError):
-            fast.pair_logps(chat.model, short_work(1, chat), 0)
+    with pytest.raises(TypeError):
+        bench.by_checkpoints(chat.model, short_work(1, chat), 0)
+    assert getattr(F, "linear_cross_entropy", None) is torch_head
 
 
 @pytest.mark.parametrize("peer", [None, pytest.param("trl", marks=pytest.mark.skipif(

@@ -73,10 +73,10 @@ def test_an_answer_depends_on_its_prompt_and_seed_alone(toy_sampler, toy_data):
     """Not on who stands beside it, on the order, or on the batch size. The seed holds the role as well."""
     prompts = [record["prompt"] for record in read_jsonl(toy_data / "queries.jsonl")]
     seeds = [f"{number}" for number in range(len(prompts))]
-    together = sample(toy_sampler, prompts, seeds, WARM).responses
-    assert sample(toy_sampler, prompts[::-1], seeds[::-1], WARM).responses == together[::-1]
+    together = sample(toy_sampler, prompts, seeds, WARM)
+    assert sample(toy_sampler, prompts[::-1], seeds[::-1], WARM) == together[::-1]
     for prompt, seed, response in list(zip(prompts, seeds, together))[:12]:
-        assert sample(toy_sampler, [prompt], [seed], WARM).responses == [response]
+        assert sample(toy_sampler, [prompt], [seed], WARM) == [response]
     for seed in (0, 1):
         recipe = change(TOY, run={"seed": seed}, responses={"batch_size": 5})
         generate.responses(TOY_BASE, toy_data / "principles.jsonl", f"{seed}", recipe)
@@ -115,7 +115,7 @@ def test_what_prompts_begin_with_is_read_once_where_the_model_reads_that_right(c
         assert shapes[:2] == first
     assert answers[0] == answers[1]
     twins = sample(chat, PREFIXED[:1] * 2, [""] * 2, GREEDY)        # prompts that share all
-    assert twins.responses == [answers[0].responses[0]] * 2
+    assert twins == [answers[0][0]] * 2
     shapes.clear()
     sample(chat, CHATS[1:3], [""] * 2, GREEDY)                      # little is shared
     assert shapes[0][0] == 2
@@ -132,18 +132,18 @@ def test_a_response_ends_at_any_stop_id_at_its_limit_or_behind_its_end(qwen3, mo
         say(steps, monkeypatch)
         return sample(chat, [CHATS[0]] * 2, ["", ""], GREEDY | {"max_new_tokens": max_new_tokens}, **how)
 
-    assert answers() == ([("ab", True), ("abcd", False)], 3 + 4)
+    assert answers() == [("ab", True), ("abcd", False)]
     context = len(sso.encode_prompt(chat.tokenizer, CHATS[0])) + 2
-    assert answers(chat._replace(context=context)) == answers(max_new_tokens=2) == ([("ab", False)] * 2, 4)
+    assert answers(chat._replace(context=context)) == answers(max_new_tokens=2) == [("ab", False)] * 2
     steps = [[line, a], [a, line], [line, b], [b]]          # a line's end before the text is none
-    assert answers(end="\n") == ([("\na\n", False), ("a\n", False)], 3 + 2)
-    assert sample(chat, [], [], GREEDY) == ([], 0)
+    assert answers(end="\n") == [("\na\n", False), ("a\n", False)]
+    assert sample(chat, [], [], GREEDY) == []
 
 
 def test_an_answer_that_is_begun_is_gone_on_with(qwen3):
     chat = load_sampler(qwen3)
     begun = ["Bad: ", "", "Bad: a longer one", "B"]
-    responses = sample(chat, CHATS, [""] * 4, GREEDY, begun).responses
+    responses = sample(chat, CHATS, [""] * 4, GREEDY, begun)
     for messages, start, response in zip(CHATS, begun, responses):
         ids = sso.encode_prompt(chat.tokenizer, messages) + chat.tokenizer(start).input_ids
         alone = [i for i in greedy_alone(chat.model, ids, chat.stop_ids) if i not in chat.stop_ids]
@@ -210,7 +210,7 @@ def test_principles_are_made_in_two_stages_of_a_begun_answer(qwen3, monkeypatch,
             kind = "good" if "Good guideline:" in start else "bad"
             said = {"B": "\n", "D": " Say it."}
             texts.append(said.get(query, f" Be {kind}  at {query}.\nGood guideline: no"))
-        return sampling.Sampled([sso.Response(text, True) for text in texts], 1)
+        return [sso.Response(text, True) for text in texts]
 
     monkeypatch.setattr("plumbing.principles.sample", fake)
     queries = write_jsonl("q.jsonl", [{"prompt": text, "n": text} for text in ("A", "B", "CC", "D")])
@@ -235,7 +235,7 @@ def test_responses_stand_under_the_right_prompts_in_the_order_of_the_queries(toy
     records = read_jsonl("r.jsonl")
     for role, column in sso.COLUMNS.items():
         messages = [sso.role_messages(role, record, world.PROMPTS) for record in records]
-        again = sample(toy_sampler, messages, [""] * 48, greedy["responses"]).responses
+        again = sample(toy_sampler, messages, [""] * 48, greedy["responses"])
         assert [sso.record_response(record, role) for record in records] == again, role
     queries = texts(toy_data / "queries.jsonl", "prompt")
     assert texts("r.jsonl", "prompt") == queries != sorted(queries, key=len, reverse=True)
@@ -278,7 +278,7 @@ def test_pairs_that_teach_nothing_are_counted_where_they_are_sampled(toy_data, m
     """Of every three queries one gets equal responses, cut off, one an empty rejected one. All stay in the file."""
     def fake(chat, prompts, seeds, settings):
         texts = ["fig", "axe", "axe"] if "good" in seeds[0] else [" fig", "  ", "fox"]
-        return sampling.Sampled([sso.Response(texts[i % 3], i % 3 > 0) for i in range(len(prompts))], 1)
+        return [sso.Response(texts[i % 3], i % 3 > 0) for i in range(len(prompts))]
 
     monkeypatch.setattr(generate, "sample", fake)
     recipe = change(TOY, responses={"batch_size": 48})
@@ -304,9 +304,9 @@ def test_near_the_context_an_answer_does_not_depend_on_a_longer_prompt_beside_it
     short, long = ([{"role": "user", "content": text}] for text in (
         "sort these words : plum axe red fox", "sort these words : " + "fox " * 20))
     settings = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 24}
-    alone, = sample(toy_sampler, [short], ["0"], settings).responses
+    alone, = sample(toy_sampler, [short], ["0"], settings)
     room = len(sso.encode_prompt(toy_sampler.tokenizer, long)) + 3
-    beside, cut = sample(toy_sampler._replace(context=room), [short, long], ["0", "0"], settings).responses
+    beside, cut = sample(toy_sampler._replace(context=room), [short, long], ["0", "0"], settings)
     assert beside == alone and alone.finished and len(cut.text.split()) <= 3
     with pytest.raises(UserError, match="leaves no room in the model's context"):
         sample(toy_sampler._replace(context=room), [long], ["0"], settings, ["fox fox fox"])

@@ -107,7 +107,7 @@ def test_the_method_on_real_weights(tmp_path):
     chat = load_chat(model, "fast")
     settings = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12}
     prompts = [[{"role": "user", "content": query}] for query in QUERIES]
-    answers = sample(chat, prompts, QUERIES, settings).responses
+    answers = sample(chat, prompts, QUERIES, settings)
     assert "Paris" in answers[0].text and answers[0].finished
     data = write_jsonl(tmp_path / "data.jsonl", [
         {"prompt": query, "chosen": answer.text, "rejected": "I cannot say."} for query, answer in zip(QUERIES, answers)])

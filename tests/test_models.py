@@ -106,7 +106,7 @@ def test_a_kind_of_model_samples_scores_trains_and_is_saved(name, tmp_path):
     prefix = [{"role": "system", "content": "Be kind and brief, and answer in one sentence. "}]
     for chats in (CHATS, [prefix + messages for messages in CHATS]):
         alone = [greedy_alone(chat.model, sso.encode_prompt(chat.tokenizer, messages), chat.stop_ids) for messages in chats]
-        together = sample(chat, chats, [""] * 4, GREEDY).responses
+        together = sample(chat, chats, [""] * 4, GREEDY)
         for ids, response in zip(alone, together):
             assert response.finished == (ids[-1] in chat.stop_ids)
             text = chat.tokenizer.decode(ids, skip_special_tokens=True)

@@ -173,7 +173,7 @@ def test_what_is_sampled_becomes_text_and_the_same_ids_again(qwen3, monkeypatch)
     end = [chat.end_id]
     answers = [spelled, spelled + end, cut[:-1], cut, cut[:-1] + end]
     monkeypatch.setattr(sampling, "decode", lambda *_: answers)
-    responses = sampling.sample(chat, [[user("q")]] * 5, [""] * 5, {"max_new_tokens": 20}).responses
+    responses = sampling.sample(chat, [[user("q")]] * 5, [""] * 5, {"max_new_tokens": 20})
     assert responses == [("a<|im_end|>b", False), ("a<|im_end|>b", True), ("z", False), ("zü", False),
                          ("z\ufffd", True)]
     for i in (0, 1, 3):

@@ -118,15 +118,15 @@ def test_each_answer_is_asked_for_by_itself_with_its_own_seed_and_stands_by_its_
 
     stub.reply = slowly
     answers = sample(large, CHATS, SEEDS, SETTINGS)
-    assert len(stub.seen) == len(CHATS) and answers.tokens == 3 * len(CHATS) and stub.keys == {f"Bearer {SECRET}"}
+    assert len(stub.seen) == len(CHATS) and stub.keys == {f"Bearer {SECRET}"}
     for request in stub.seen:
         number = CHATS.index(request["messages"])
         assert request == {"messages": CHATS[number], "model": "large", "temperature": 0.7, "top_p": 0.8,
                            "max_tokens": 9, "seed": zlib.crc32(SEEDS[number].encode()) >> 1,
                            "chat_template_kwargs": {"enable_thinking": False}}
-        assert answers.responses[number] == (hashed(request)["choices"][0]["message"]["content"], True)
+        assert answers[number] == (hashed(request)["choices"][0]["message"]["content"], True)
     assert arrived != sorted(arrived)
-    assert sample(large, [], [], SETTINGS) == ([], 0) and len(stub.seen) == len(CHATS)
+    assert sample(large, [], [], SETTINGS) == [] and len(stub.seen) == len(CHATS)
     stub.keys.clear()
     stub.reply = hashed
     monkeypatch.delenv(server.KEY)
@@ -140,8 +140,8 @@ def test_each_answer_is_asked_for_by_itself_with_its_own_seed_and_stands_by_its_
     (said("so", None), ("so", True)),
     (said("<think>\nhm</think>\n\nSo."), ("So.", True)), (said("<think>hm", "length"), ("", False))])
 def test_an_answer_is_finished_unless_it_was_cut_off_and_without_its_thinking(stub, large, capsys, answer, expected):
-    stub.reply = lambda request: answer | {"usage": None}
-    assert sample(large, CHATS[:2], SEEDS[:2], SETTINGS) == ([expected] * 2, 0)
+    stub.reply = lambda request: answer
+    assert sample(large, CHATS[:2], SEEDS[:2], SETTINGS) == [expected] * 2
     null = answer["choices"][0]["finish_reason"] is None
     assert capsys.readouterr().out.count("finish_reason is null") == null          # a warning, once
 
@@ -152,7 +152,7 @@ def test_a_failure_that_passes_is_tried_again_and_then_fewer_are_asked_at_once(s
     for failure in ((500, {}), None, (429, {})):
         stub.seen.clear()
         stub.reply = lambda request: said("yes") if len(stub.seen) == 2 else failure
-        assert sample(loaded, CHATS[:1], SEEDS[:1], SETTINGS).responses == [("yes", True)] and len(stub.seen) == 2
+        assert sample(loaded, CHATS[:1], SEEDS[:1], SETTINGS) == [("yes", True)] and len(stub.seen) == 2
     places = 0
     while loaded.room.acquire(blocking=False):
         places += 1
@@ -170,7 +170,7 @@ def test_a_field_that_is_refused_is_left_out_or_renamed(stub, large, capsys):
         return said("yes")
 
     stub.reply = choosy
-    assert sample(large, CHATS, SEEDS, SETTINGS).responses == [("yes", True)] * len(CHATS)
+    assert sample(large, CHATS, SEEDS, SETTINGS) == [("yes", True)] * len(CHATS)
     assert stub.seen[-1].keys() == {"messages", "model", "temperature", "top_p", "max_completion_tokens"}
     stub.seen.clear()
     sample(large, CHATS, SEEDS, SETTINGS)
@@ -337,5 +337,5 @@ def test_transformers_serve_answers_with_real_weights(tmp_path, monkeypatch):
             answers = sample(chat, asked, SEEDS[:2], greedy)
         finally:
             process.kill()
-    assert "Paris" in answers.responses[0].text and [finished for _, finished in answers.responses] == [True, False]
+    assert "Paris" in answers[0].text and [finished for _, finished in answers] == [True, False]
     assert sample(load_sampler(model), asked, SEEDS[:2], greedy) == answers         # as from here
