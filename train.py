@@ -103,7 +103,6 @@ def fit(chat, examples, loss, out, settings, terms=("L",), watch=None):
     batches = make_batches(len(examples), settings["batch_size"], settings["epochs"],
                            settings["seed"])
     progress = Progress(out, chat.model, optimizer)         # from its checkpoint, if there is one
-    row = {}
     bar = tqdm(batches[progress.step:], initial=progress.step, total=len(batches), desc=str(out))
     try:
         for batch in bar:                                   # indices of B examples
@@ -132,9 +131,6 @@ def fit(chat, examples, loss, out, settings, terms=("L",), watch=None):
         raise
     merge_adapters(chat.model)          # if it has any
     progress.finish(chat)
-    if "margin" in row:
-        print(f"{out}: rewards at the end: chosen {row['chosen_rewards']:.3f}, rejected "
-              f"{row['rejected_rewards']:.3f}. Both may fall: docs/GUIDE.md says why")
 
 
 def step_zero(row, settings):
@@ -196,6 +192,7 @@ def train(stage, model, data, out, recipe):
     if stage == "policy":
         watch = make_watch(chat, data, settings, recipe["prompts"])
     fit(chat, examples, loss, out, settings, terms=sso.PAIRS[settings["objective"]], watch=watch)
+    print(f"{out}: trained. Chosen rewards in its log may fall: docs/GUIDE.md says why")
 
 
 def generator(model, data, out, recipe):
