@@ -3,8 +3,8 @@
     generator-sso/  pairs-sso.jsonl         step 3, and the sampling of step 4
     policy/  answers.jsonl  report.json     step 4, and what it gave: {name of the arm: measures}
 
-What is complete is not made again. Beside each output, OUT.costs.json has what its step took.
-lab/study.py runs arms in the toy world, lab/real.py on real weights.
+What is complete is not made again. OUT.costs.json, beside each output, says what its step took.
+lab/study.py runs arms in the toy world, and lab/real.py on real weights.
 """
 
 import json
@@ -33,7 +33,7 @@ class Start(NamedTuple):
 
 
 def timed(step, source, data, out, *arguments):
-    """A step that writes OUT. Seconds and peak memory of the command that began it go to
+    """Run a step that writes OUT. The seconds and the peak memory of its first run go to
     OUT.costs.json."""
     costs = Path(f"{out}.costs.json")
     results.begin_peak()
@@ -45,8 +45,8 @@ def timed(step, source, data, out, *arguments):
 
 
 def begin(writer, queries, policy, folder, recipe):
-    """Steps 1 and 2 in a folder: principles by WRITER, a chat model or a file of them, and the
-    policy's responses. Returns the file of these."""
+    """Steps 1 and 2 in a folder. WRITER is a chat model that writes principles, or a file of them.
+    Returns the file of the policy's responses."""
     write = generate.principles
     if Path(writer).is_file():
         write = generate.written
@@ -58,7 +58,7 @@ def begin(writer, queries, policy, folder, recipe):
 
 
 def generators(objective):
-    """The generators of an arm: {objective: roles that it answers in}."""
+    """The generators of an arm: {objective: roles in which it answers}."""
     if objective == "two":      # one for each of L+ and L-, as the paper's Limitations suggest
         return {"plus": ("good",), "minus": ("bad",)}
     if sso.trains_generator(objective):
@@ -78,8 +78,8 @@ def cross(source, out, seed):
 
 
 def make_pairs(objective, start, out, recipe):
-    """Step 3, and the sampling of step 4. Returns the file of the policy's pairs: its own responses
-    if the arm has no generator."""
+    """Step 3 and the sampling of step 4. Returns the file of the policy's pairs. If the arm has no
+    generator, these are the policy's own responses."""
     pairs = start.responses
     if objective == "cross":
         pairs = out / "pairs.jsonl"
@@ -95,8 +95,8 @@ def make_pairs(objective, start, out, recipe):
 
 
 def measure(name, model, start, out, recipe, pairs=None):
-    """A model's plain answers to held-out queries. Writes and returns OUT/report.json: measures of
-    these, and of the pairs that the model was trained on."""
+    """Sample a model's plain answers to held-out queries. Writes and returns OUT/report.json:
+    measures of these answers, and of the pairs that the model was trained on."""
     answers = out / "answers.jsonl"
     timed(generate.responses, model, start.heldout, answers, recipe, ("original",))
 
@@ -114,8 +114,8 @@ def measure(name, model, start, out, recipe, pairs=None):
 
 
 def run_arm(name, objective, start, out, recipe, shared=None):
-    """Run an arm, and return its report. Its objective is a row of `sso.PAIRS`, "two" or "cross".
-    Arms that differ in their policy alone may share the folder of generator and pairs."""
+    """Run an arm, and return its report. Its objective is an entry of `sso.PAIRS`, "two" or
+    "cross". Arms that only differ in their policy may share the folder of generator and pairs."""
     if objective != "cross" and not generators(objective):
         recipe = change(recipe, policy={"objective": objective})
     pairs = make_pairs(objective, start, shared or out, recipe)

@@ -2,10 +2,10 @@
 
     python -m lab.code --out runs/code [--count 128] [--long 1] [--seed 0]
 
-This file is a grader (`--grader lab/code.py`), for real models: 1 if the function returns what it
-should in every call, else 0. The code of an answer runs in a process of its own, with limits of time
-and memory; files, other programs and the network are refused to it. That keeps a small model's
-mistakes harmless. It is no prison: whoever names this grader runs the code of a model.
+This file is a grader (`--grader lab/code.py`) for real models: 1 if the function returns what it
+should in every call, else 0. The code of an answer runs in a process of its own with limits of time
+and memory. It cannot use files, other programs or the network. This keeps a small model's mistakes
+harmless, but it is no prison: whoever names this grader runs the code of a model.
 """
 
 import functools

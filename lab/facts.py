@@ -2,11 +2,11 @@
 
     python -m lab.facts --out runs/facts [--count 128] [--long 1] [--seed 0]
 
-This file is a grader (`--grader lab/facts.py`), for real models: an answer is right (1) or wrong
-(0). Its rule: of the candidates, which are the answers to all queries of a kind and some decoys, an
-answer has to name the right one and no other, anywhere in the text; to a query for a number every
-number is a candidate. What the query itself names does not count, nor what is denied ("not Lyon").
-Hedging ("Paris or Lyon") is wrong, therefore, and so is a right number after others on the way.
+This file is a grader (`--grader lab/facts.py`) for real models: an answer is right, 1, or wrong, 0.
+The candidates are the answers to all queries of a kind, and some decoys. If a query asks for a
+number, every number is a candidate. A right answer names the right candidate anywhere in its text,
+and no other. What the query itself names does not count, and neither does what is denied ("not
+Lyon"). So hedging ("Paris or Lyon") is wrong, and so is a right number after others on the way.
 """
 
 import random

@@ -1,11 +1,13 @@
 """Everyday questions with one demand on the form of the answer, that a program checks.
 
     python -m lab.form --out runs/form [--count 128] [--long 1] [--seed 0]
+    python -m lab.form --world line --out runs/line     # or language, or tone
 
-This file is a grader (`--grader lab/form.py`), for real models: 1 if the demand is met, else 0. It
-does not judge what is said, but fewer than five different words are no answer (question and demand
-said again are not counted), and a word in quotation marks is mentioned, not used. A response that
-was cut off is judged as it stands.
+This file is a grader (`--grader lab/form.py`) for real models: 1 if the demand is met, else 0. It
+does not judge what is said. But fewer than five different words are no answer; repeated words of
+the question and the demand do not count. A word in quotation marks is mentioned, not used. A
+response that was cut off is judged as it stands. In the world `line` the demand is hidden: only the
+principles tell that an answer should be one line of at most 20 words.
 """
 
 import random

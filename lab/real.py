@@ -1,5 +1,7 @@
-"""The method on real weights: SmolLM2, or any small chat model.
+"""The method on real weights: SmolLM2, Qwen, or any small chat model.
 
+    python -m lab.real worlds --model models/qwen --strong models/qwen-1.5b \\
+        --recipe recipes/qwen.toml --out runs/worlds
     python -m lab.real base --model models/smollm2 --out runs/miniature/base
     python -m lab.real arms --model runs/miniature/base --recipe lab/miniature.toml \\
         --out runs/miniature/1 --seed 1
@@ -7,16 +9,15 @@
         --first "SSO, generator 2e-05, policy 2e-05" --out runs/miniature/both.json
     python -m lab.real ways --model models/smollm2 --principles runs/facts/principles.jsonl \\
         --grader lab/facts.py --out runs/ways/facts
-    python -m lab.real worlds --model models/qwen --strong models/qwen-1.5b --recipe recipes/qwen.toml \\
-        --out runs/worlds
 
-`base` teaches a chat model the toy world's tasks and principles in plain English, by a short
-supervised training. It then follows principles as the toy's base does, and this file grades its
-answers. `arms` runs PBAA, SSO, y+ over yo and L+ alone from one model (lab/arms.py), and by --names also y+
-over the answer to another query. OUT/report.json has the measures of all arms, and the seconds and
-the peak memory of every step. The same command with other learning rates adds arms to it.
-`ways` compares ways of giving a principle. `worlds` tries several kinds of query, with principles by
-hand, by the model and by a stronger one: where can this model steer itself?
+`worlds` tries several kinds of query, with principles by hand, by the model itself and by a
+stronger one: where can this model steer itself? `base` teaches a chat model the toy world's tasks
+and principles in plain English, by a short supervised training. It then follows principles as the
+toy's base does, and this file grades its answers. `arms` runs PBAA, SSO, y+ over yo and L+ alone
+from one model (lab/arms.py), and with --names also y+ over the answer to another query.
+OUT/report.json has the measures of all arms, and the seconds and the peak memory of every step. The
+same command with other learning rates adds arms to it. `compare` takes several seeds as one. `ways`
+compares prompts around a principle.
 """
 
 import random
@@ -169,10 +170,10 @@ def compare(folders, grader, first, out, recipe):
     print_table(rows, ["quality", f"{first} better by", *MEANS])
 
 
-# ---- Ways of giving a principle ------------------------------------------------------------------
+# ---- Prompts around a principle -------------------------------------------------------------------
 
 def ways(model, principles, grader, recipe, out: Path):
-    """Compare the ways of lab/ways.toml of giving a principle, on a file of principles."""
+    """Compare the prompts of lab/ways.toml around a principle, on a file of principles."""
     critic, _ = evaluation.load_critic(grader=grader)
     plain = out / "original.jsonl"
     generate.responses(model, principles, plain, recipe, ("original",))
