@@ -170,7 +170,7 @@ def compare(folders, grader, first, out, recipe):
     print_table(rows, ["quality", f"{first} better by", *MEANS])
 
 
-# ---- Prompts around a principle -------------------------------------------------------------------
+# ---- Prompts around a principle ------------------------------------------------------------------
 
 def ways(model, principles, grader, recipe, out: Path):
     """Compare the prompts of lab/ways.toml around a principle, on a file of principles."""
