@@ -60,7 +60,7 @@ def random_chat(shape, layers=None):
 
 
 def workload(n, chat):
-    """n examples of the generator, of random tokens: prompts of 150 to 600 tokens, responses of 50
+    """n examples of the generator with random tokens. Prompts have 150 to 600 tokens, responses 50
     to 450."""
     rng = random.Random(0)
 
@@ -78,7 +78,7 @@ def workload(n, chat):
 # ---- Measuring -----------------------------------------------------------------------------------
 
 def peak_memory(run):
-    """GiB at the peak of a run above those before it."""
+    """How many GiB the peak of a run takes above what was held before it."""
     gc.collect()
     if not CUDA:
         libc = ctypes.CDLL("libc.so.6")
@@ -94,7 +94,7 @@ def peak_memory(run):
 
 
 def measure(works, repeats):
-    """{name: row of a table} of {name: function}. The ratio is to the first one's time."""
+    """{name: row of a table} for {name: function}. The ratio is to the time of the first one."""
     rows = {name: {"extra GiB": peak_memory(run)} for name, run in works.items()}
     times = {name: [] for name in works}
     for _ in range(repeats):
@@ -149,8 +149,8 @@ def make_step(chat, examples, settings, optimizer, backward=train.accumulate_gra
 
 
 def make_trl_step(chat, examples, settings, optimizer):
-    """`make_step` by TRL, a pair at a time, at which it is fastest. The numbers are the same:
-    tests/test_trl.py."""
+    """`make_step` by TRL, one pair at a time, at which it is fastest. The numbers are the same
+    (tests/test_trl.py)."""
     settings = settings | {"batch_size": len(examples)}
     config = trl_generator.make_config(tempfile.gettempdir(), settings)
     import trl.trainer.utils
@@ -167,8 +167,8 @@ def make_trl_step(chat, examples, settings, optimizer):
 
 
 def training_works(chat, examples, settings, vs=None):
-    """{name: function}: a step of the generator; and either TRL's, or the reference pass and the
-    gradient by each form."""
+    """{name: function}: a step of the generator, and beside it TRL's step, or else the reference
+    pass and the gradient by each form."""
     optimizer = train.make_optimizer(chat.model, settings["weight_decay"])
     works = {"generator step": make_step(chat, examples, settings, optimizer)}
     works["generator step"]()       # so that AdamW's state is there before memory is measured
@@ -214,7 +214,7 @@ def respond(chat, chats, settings, decode=sampling.decode):
 
 
 def sampling_works(chat, chats, settings):
-    """{name: function}. Ours has the longest chats first, as in plumbing/outputs.py."""
+    """{name: function}. Ours samples the longest chats first, as plumbing/outputs.py does."""
     longest_first = sorted(chats, key=lambda messages: -len(str(messages)))
     peer = partial(by_generate, settings)
     return {"sampling": partial(respond, chat, longest_first, settings),

@@ -1,4 +1,4 @@
-"""The paper's figures, drawn from measurements. Needs matplotlib, which nothing else does.
+"""The paper's figures, drawn from measurements. They need matplotlib; nothing else does.
 
     python -m lab.figures pairs F.jsonl [G.jsonl] --policy M --grader F.py --out figure3.png
     python -m lab.figures log runs/toy/policy/log.jsonl [...] --out curves.png
@@ -52,8 +52,8 @@ def draw(path, panels):
 # ---- Panels --------------------------------------------------------------------------------------
 
 def figure3(rows, axes):
-    """On-policy probability of both responses against accuracy of the pairs, of {name: measures},
-    with standard errors; an arrow from the first to the second, PBAA to SSO."""
+    """The probability of both responses against the accuracy of the pairs, for {name: measures},
+    with standard errors. An arrow leads from the first point, PBAA, to the second, SSO."""
     points = []
     for name, measures in rows.items():
         chosen, rejected, y = (measures[key] for key in ("p(chosen)", "p(rejected)", "accuracy"))
@@ -78,7 +78,7 @@ def distributions(path, policy, recipe):
 
 
 def figure1(title, lists, axes):
-    """How p(·) is distributed, of {column: list}."""
+    """How p(·) is distributed, for {column: list}."""
     for column, values in lists.items():
         if values:
             axes.hist(values, bins=40, range=(0, 1), density=True, histtype="stepfilled",

@@ -1,4 +1,4 @@
-"""A GGUF file as an ordinary fp32 checkpoint folder: real weights, where there is no hub.
+"""Make an ordinary fp32 checkpoint folder of a GGUF file: real weights without the hub.
 
     pip install gguf accelerate
     python -m lab.gguf FILE.gguf --out models/NAME
@@ -34,9 +34,9 @@ def smollm2():
 
 
 def tie(model):
-    """Make one of the input and the output embedding where the makers did. A file may hold the one
-    embedding twice: Qwen's has it in 5 bits for the input and in 8 for the output, 4 % apart. The
-    output's is taken, which has more bits."""
+    """Tie the input and the output embedding if the makers did. A file may hold one embedding
+    twice: Qwen's has it in 5 bits for the input and in 8 bits for the output, and they differ by 4
+    %. The output's is taken, which has more bits."""
     inner = model.get_input_embeddings().weight
     outer = model.get_output_embeddings().weight
     if (inner - outer).norm() < NEAR * outer.norm():

@@ -1,4 +1,4 @@
-"""The two worlds of lab/facts.py and lab/form.py as one: a run of both, and a grader of both.
+"""The worlds of lab/facts.py and lab/form.py as one: their queries, and a grader of both.
 
     python -m lab.mixed --out runs/mixed [--count 128] [--seed 0]
 """
@@ -16,7 +16,8 @@ def grade(query, response, finished=True):
 
 
 def write(out, count: int = 128, seed: int = 0):
-    """Write queries.jsonl and heldout.jsonl: in turns a query of each, `count` of each at most."""
+    """Write queries.jsonl and heldout.jsonl. The worlds take turns, with at most `count` of
+    each."""
     worlds = [facts.make_queries(seed), form.make_queries(seed)]
     for name in ("queries", "heldout"):
         texts = []

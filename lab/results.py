@@ -1,4 +1,4 @@
-"""A file in results/: numbers, and where they come from. And peak memory."""
+"""Write a file in results/, with numbers and where they come from. And measure peak memory."""
 
 import hashlib
 import json
@@ -50,8 +50,8 @@ def begin_peak():
 
 
 def peak_bytes():
-    """The most memory since `begin_peak`: of torch's allocator on CUDA, else resident of the
-    process. None where the system does not say."""
+    """The most memory since `begin_peak`: of torch's allocator on CUDA, else the resident memory of
+    the process. None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if PROCESS.exists():

@@ -3,8 +3,8 @@
     python -m lab.reward train pairs.jsonl [more.jsonl] --model M --out runs/reward
     python -m lab.reward eval F.jsonl [G.jsonl] --model runs/reward
 
-What is written is an ordinary `AutoModelForSequenceClassification` folder. If a file has a column
-`subset`, accuracies are by subset, too; for RewardBench also by section.
+The result is an ordinary `AutoModelForSequenceClassification` folder. If a file has a column
+`subset`, accuracies are also by subset, and for RewardBench by section.
 """
 
 from pathlib import Path
@@ -39,8 +39,8 @@ SECTIONS = {
 
 
 def load_reward(path):
-    """A chat model with a head for one number, new at random if the checkpoint has none, and
-    `pair_rewards` in the place of log-probs."""
+    """A chat model with a head for one number, and with `pair_rewards` in place of log-probs. The
+    head is random if the checkpoint has none."""
     options = {"auto_class": AutoModelForSequenceClassification, "num_labels": 1}
     chat = load_weights(inspect_chat(path, **options), path, **options)
     # transformers reads a reward off the last token that is not padding.
@@ -51,8 +51,8 @@ def load_reward(path):
 
 
 def pair_rewards(model, examples, pad_id):
-    """Rewards r(x, y) of the responses of B examples, (2, 1, B); and ones where `sso.pair_logps`
-    has numbers of tokens."""
+    """Rewards r(x, y) of the responses of B examples, (2, 1, B), and ones in place of the numbers
+    of tokens that `sso.pair_logps` returns."""
     rows = []                                           # winner and loser one after the other
     for [(prompt, winner, loser)] in examples:
         rows += [torch.tensor(prompt + winner), torch.tensor(prompt + loser)]
@@ -97,8 +97,8 @@ def train(files, model, out, recipe):
 # ---- Measuring -----------------------------------------------------------------------------------
 
 def accuracies(model, path, recipe):
-    """How often a reward model puts chosen above rejected; a tie counts as half: {"all": ...}. If a
-    file has subsets, also of each; of RewardBench also its sections."""
+    """How often a reward model puts chosen above rejected, {"all": ...}. A tie counts as half. If a
+    file has subsets, also for each of them, and for RewardBench's sections."""
     settings = stage_settings(recipe, "reward")
     chat = load_reward(model)
     if "SequenceClassification" not in str(chat.model.config.architectures):
@@ -123,8 +123,8 @@ def accuracies(model, path, recipe):
 
 
 def section_rows(marks):
-    """RewardBench's sections, of {subset: marks}, and its average. None unless every section has
-    prompts."""
+    """RewardBench's sections and their average, from {subset: marks}. Empty unless every section
+    has prompts."""
     rows = {}
     for section, lines in SECTIONS.items():
         groups = []             # marks of each line

@@ -41,8 +41,8 @@ TOY = read_recipe(world.RECIPE)
 # ---- What the rows of a seed share ---------------------------------------------------------------
 
 def graded_pairs(base, queries, samples, folder, recipe):
-    """A preference file labelled by the grader: the best of several plain answers over the worst,
-    where they differ."""
+    """Write a preference file labelled by the grader: the best of several plain answers over the
+    worst one, if they differ."""
     records = read_jsonl(queries)
     asked = folder / "asked.jsonl"
     write_text(asked, as_lines(records * samples))
@@ -65,8 +65,8 @@ def graded_pairs(base, queries, samples, folder, recipe):
 
 
 def prepare(folder, base, recipe):
-    """Base model, queries, and for every source the base's responses by its principles. Graded
-    pairs are a source, too."""
+    """Make the base model, the queries, and for every source of principles the base's responses.
+    Graded pairs are a source, too."""
     seed = recipe["run"]["seed"]
     queries = folder / "queries.jsonl"
     heldout = folder / "heldout.jsonl"
@@ -96,7 +96,7 @@ def prepare(folder, base, recipe):
 # indices: of the generator's settings, and of the policy's or the reward model's.
 
 def run_row(row, cell, start, folder, recipe, rounds):
-    """Make a row, in the folder of a seed. Returns its report: {row: measures}."""
+    """Make a row of the tables in the folder of a seed. Returns its report: {row: measures}."""
     first, second = cell
     grid = STUDY["grid"]
     shared = folder / "arms" / row / str(first)
@@ -137,9 +137,8 @@ def run_rounds(arm, objective, start, out, recipe, rounds):
 # ---- Seeds ---------------------------------------------------------------------------------------
 
 def run_seed(root, base, cells, rounds, seed):
-    """Make rows of the tables, each in a cell of the grid, on one seed, in a process of its own.
-    What it prints goes to its log.txt. Returns the means of the base model, and those of each
-    row."""
+    """Make rows of the tables, each in a cell of the grid, on one seed. It runs in a process of its
+    own, and what it prints goes to log.txt. Returns the means of the base model and of each row."""
     torch.set_num_threads(1)
     folder = root / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +152,7 @@ def run_seed(root, base, cells, rounds, seed):
 
 
 def run_seeds(seeds, out, base, cells, rounds):
-    """What `run_seed` returns, of every seed."""
+    """What `run_seed` returns, for every seed."""
     with multiprocessing.get_context("spawn").Pool() as pool:
         done = pool.imap(partial(run_seed, out, base, cells, rounds), seeds)
         return list(tqdm(done, total=len(seeds), desc="study", unit="seed"))
@@ -171,7 +170,7 @@ def means_of(report):
 
 
 def cells_of(runs, row, column):
-    """The means of a cell, one a run; none unless every run has it."""
+    """The means of a cell, one for each run. The list is empty unless every run has it."""
     values = [run.get(row, {}).get(column) for run in runs]
     return [] if None in values else values
 
@@ -242,8 +241,8 @@ def tables(results_file="results/study.json"):
 
 
 def search(base=None, out: Path = Path("runs/study")):
-    """Run every row in all cells of the grid, and print its best one over the seeds: by mean
-    quality, of reward models accuracy. Arms over rounds keep their best generator."""
+    """Run every row in all cells of the grid, and print its best cell over the seeds, by mean
+    quality (reward models: accuracy). Arms over rounds keep their best generator."""
     grid = STUDY["grid"]
     cells = []
     for row, best in STUDY["best"].items():

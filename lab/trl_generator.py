@@ -63,8 +63,7 @@ def make_rows(examples):
 
 
 class Order:
-    """A sampler: the rows of a pass over the data in the order of train.py, another one in each
-    epoch."""
+    """A sampler. It gives the rows in the order of train.py, which differs in each epoch."""
 
     def __init__(self, rows, settings):
         self.rows = rows
@@ -83,7 +82,7 @@ class Order:
 
 
 def make_trainer(chat, rows, config, settings):
-    """TRL's DPOTrainer, but for its tokenisation, its order and its schedule."""
+    """TRL's DPOTrainer without its tokenisation, its order and its schedule."""
     from trl import DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -107,7 +106,7 @@ def make_trainer(chat, rows, config, settings):
 
 
 def trl_train(stage, model, data, out, recipe):
-    """`train.train`, by TRL. The first process alone reads the data and writes."""
+    """`train.train` by TRL. Only the first process reads the data and writes."""
     settings = stage_settings(recipe, stage)
     folder = Path(f"{out}.trl")
     # TRL's processes share the rows, and the log-probs of the reference, on disk.

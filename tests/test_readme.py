@@ -23,7 +23,7 @@ from conftest import ROOT, TOY_BASE, run_here, write_jsonl
 
 import eval as evaluation
 import sso
-from lab import study
+from lab import bench, study
 from plumbing.recipes import load_toml
 from plumbing.tables import print_table, show
 from toy import world
@@ -128,7 +128,7 @@ def print_real(found):
 
 
 def print_bench(found):
-    print_all(found["tables"], ["ms", "ratio", "TFLOP", "share of peak", "extra GiB"])
+    print_all(found["tables"], bench.COLUMNS)
 
 
 PRINTERS = {    # file of results -> how its tables are printed
@@ -139,9 +139,7 @@ PRINTERS = {    # file of results -> how its tables are printed
                                                         "p(original)", "p(rejected)", "verdict"]),
     "study-again": lambda found: print_all([found["rows"]], ["quality", "less PBAA, paired", "accuracy", "p(rejected)"]),
     "study": lambda found: study.print_tables(found["runs"], found["rounds"]),
-    "bench-memory": lambda found: print_all(found["tables"], ["extra GiB"]), **dict.fromkeys(
-        ["bench", "bench-trl", "bench-smollm2-trl"],
-        print_bench)}
+    **dict.fromkeys(["bench", "bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling", "bench-memory"], print_bench)}
 
 
 def results_of(name):

@@ -3,11 +3,12 @@
     python -m toy.world base --out runs/toy-base [--seed 0]         # how toy/base was made
     python -m toy.world principles --world on-policy --queries Q.jsonl --out written.jsonl
 
-A program grades its answers to four list tasks: this file is a grader (`--grader toy/world.py`). It
-shows SSO's mechanism end to end without a download; it is no evidence for the paper. Without a
-principle the model is sometimes right, often slightly wrong, lazy or rambling; under a good
-principle mostly right; under a bad one it mostly answers in ways that it never uses unasked. It has
-also learned to write principles. Its prompts and settings are recipes/toy.toml.
+There are four tasks with lists. A program grades the answers: this file is a grader (`--grader
+toy/world.py`). The world shows SSO's mechanism end to end without a download. It is no evidence for
+the paper. Without a principle the model is sometimes right, and often slightly wrong, lazy or
+rambling. Under a good principle it is mostly right. Under a bad one it mostly answers in ways that
+it never uses otherwise. It has also learned to write principles. recipes/toy.toml has its prompts
+and settings.
 """
 
 import os
@@ -95,8 +96,8 @@ def solve(query, rng):
 
 
 def grade(query, response, finished=True):
-    """Quality of a response in [0, 1], from its text alone: share of right content, less for more
-    than three extra words, less a tenth unless it ends with a full stop and an end-of-turn
+    """Quality of a response in [0, 1], from its text alone: the share of right content, less for
+    more than three extra words, less a tenth unless it ends with a full stop and an end-of-turn
     token."""
     query, words = parse(query), response.split()
     given = [word for word in words if word in CATEGORY_OF]
@@ -228,8 +229,8 @@ def make_tokenizer():
 
 
 def encode_chat(vocab, system, user, assistant):
-    """(prompt ids, response ids): what the chat template gives, forty times faster (a test compares
-    them)."""
+    """(prompt ids, response ids), as the chat template gives them but forty times faster. A test
+    compares the two."""
     prompt = f"<|im_start|> user {user} <|im_end|> <|im_start|> assistant"
     if system:
         prompt = f"<|im_start|> system {system} <|im_end|> {prompt}"
@@ -306,7 +307,7 @@ def build(out, seed=0, steps=STEPS, batch_size=64):
 
 
 def base(out, seed: int = 0, steps: int = STEPS):
-    """Train the base model from scratch, unless it is there. UserError if another one is."""
+    """Train the base model from scratch unless it is there. UserError if another one is there."""
     output = Output(out, {"seed": seed, "steps": steps}, {})
     if not output.is_complete():
         output.write_note()
@@ -314,7 +315,7 @@ def base(out, seed: int = 0, steps: int = STEPS):
 
 
 def make_queries(seed=0, rounds=1):
-    """The queries of a run's rounds and its held-out queries, without any query twice."""
+    """The queries of a run's rounds, and its held-out queries. No query is there twice."""
     rng, queries = random.Random(f"queries {seed}"), {}
     while len(queries) < HELDOUT + rounds * QUERIES:
         queries[make_query(rng)] = None
@@ -328,7 +329,7 @@ def make_records(seed=0, rounds=1):
 
 
 def principles(queries, world, out, seed: int = 0):
-    """Write principles of a control world, by hand."""
+    """Write the principles of a control world, which are by hand."""
     if world not in WORLDS:
         raise UserError(f"--world '{world}' is none of {', '.join(WORLDS)}")
     texts = [record["prompt"][0]["content"] for record in read_queries(queries)]
