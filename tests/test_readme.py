@@ -135,11 +135,12 @@ PRINTERS = {    # file of results -> how its tables are printed
     "first-run": print_run, "smollm2-run": print_run, "miniature": print_real, "figure3-smollm2": print_real,
     "ways": lambda found: print_all(found["all seeds"].values(), ["y+", "yo", "y-", "accuracy", "y+ over yo"]),
     "step1": lambda found: print_all([found["rows"]]),
+    "bf16": lambda found: print_all([found["rows"]]),
     "worlds": lambda found: print_all([found["rows"]], ["y+", "yo", "y-", "accuracy", "y+ over yo", "p(chosen)",
                                                         "p(original)", "p(rejected)", "verdict"]),
     "study-again": lambda found: print_all([found["rows"]], ["quality", "less PBAA, paired", "accuracy", "p(rejected)"]),
     "study": lambda found: study.print_tables(found["runs"], found["rounds"]),
-    **dict.fromkeys(["bench", "bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling", "bench-memory"], print_bench)}
+    **dict.fromkeys(["bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling", "bench-memory"], print_bench)}
 
 
 def results_of(name):
