@@ -120,11 +120,11 @@ def test_seeds_are_compared_over_queries(qwen3, grader, tmp_path, monkeypatch, c
 
 
 def test_worlds_are_looked_at_with_the_principles_of_each_writer(qwen3, tmp_path, monkeypatch):
-    line = (f"python -m lab.real worlds --model {qwen3} --out {tmp_path} --count 3 --names line,code "
+    line = (f"python -m lab.real worlds --model {qwen3} --out {tmp_path} --count 3 --names line,facts "
             "--set principles.max_new_tokens=4")
     run_here(f"{line} --strong {make_checkpoint(tmp_path / 'strong', 'llama')}", monkeypatch)
     report = read_json(tmp_path / "report.json")
-    assert list(report["rows"]) == [f"{world}, {writer}" for world in ("line", "code")
+    assert list(report["rows"]) == [f"{world}, {writer}" for world in ("line", "facts")
                                     for writer in ("hand", "itself", "stronger")]
     for row in report["rows"].values():
         assert row["pairs"] == row["accuracy"]["n"] == 3 and row["verdict"] and {"y+", "yo", "y-", "accuracy", "p(rejected)"} <= row.keys()
