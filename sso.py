@@ -89,7 +89,7 @@ explanation.
 
 
 def fill(template, **texts):
-    """Replaces each {name} in a template by the text of that name. Braces in a text stay."""
+    """Replace each {name} in a template by the text of that name. Braces in a text stay."""
     return re.sub(r"{(\w+)}", lambda found: texts.get(found[1], found[0]), template)
 
 
@@ -107,7 +107,7 @@ def principle_messages(query, prompts=PROMPTS):
 
 # ---- 2. Prompts x+, x-, x and the table of preference pairs --------------------------------------
 
-# role -> column of a record. A record is a line of a standard preference data set, and more.
+# role -> column of a record, which is a line of a preference file. `original` is a column of ours.
 COLUMNS = {"good": "chosen", "bad": "rejected", "original": "original"}
 
 
@@ -241,7 +241,7 @@ def encode_pair(tokenizer, end_id, pair, max_length):
 
 def pair_logps(model, examples, pad_id):
     """log π(y|x), in nats, of every response of B examples, and how many tokens each has: two
-    tensors (2, R, B). An example is R pairs of token ids. Their quotient is a mean over tokens."""
+    tensors (2, R, B). An example is R pairs of token ids. logps / tokens is a mean over tokens."""
     # A row for each response: [prompt | response | padding], winner and loser one after the other.
     rows = []
     for example in examples:

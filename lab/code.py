@@ -12,6 +12,7 @@ import functools
 import json
 import random
 import re
+import resource     # for CHILD: where it is missing, as on Windows, that is said at once
 import subprocess
 import sys
 from pathlib import Path

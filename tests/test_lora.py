@@ -1,5 +1,7 @@
 """Training of adapters by the optional library peft: what trains, what is saved, and that a merge changes nothing."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -79,6 +81,8 @@ def test_rank_and_seed_are_settings_and_the_first_loss_is_that_of_the_model(mode
     line = f"python train.py generator --model {model} --data {toy_data}/responses.jsonl --set generator.lora_rank=2"
     run_here(f"{line} --out {tmp_path}/g", monkeypatch)
     said = capsys.readouterr().out
+    trained, total = map(int, re.search(r"([\d,]+) of ([\d,]+) parameters train", said.replace(",", "")).groups())
+    assert f"memory: {4 * (total + 3 * trained) / 1e9:.3g} GB for weights, gradients and AdamW" in said
     assert "L_base at step zero: 0.6931 (ln 2 = 0.6931)" in said and "adapters of rank 2: " in said
     with pytest.raises(SystemExit, match="was made with lora_rank = 2, not 3"):
         run_here(f"{line[:-1]}3 --out {tmp_path}/g", monkeypatch)

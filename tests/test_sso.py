@@ -144,6 +144,9 @@ def test_the_vocabulary_is_reached_by_response_tokens_only_a_chunk_at_a_time(loa
 def test_precision_is_what_the_card_has_units_for(monkeypatch, has_units):
     """A T4 emulates bf16, and has no units for it."""
     assert models.precision() == torch.float32          # of the CPU
+    monkeypatch.setattr(models, "bf16_on_cpu", True)
+    assert models.precision() == torch.bfloat16
+    monkeypatch.setattr(models, "bf16_on_cpu", False)
     used = []
     monkeypatch.setattr(models, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
