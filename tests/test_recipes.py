@@ -6,10 +6,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import sso
 from conftest import PAPER, ROOT, run_here
-from plumbing import command, recipes
+from plumbing import command, models, recipes
 from plumbing.principles import check_form, fault
 from plumbing.recipes import change, read_recipe, set_one, stage_settings
 from plumbing.records import UserError, read_jsonl
@@ -105,3 +106,12 @@ GOOD = {"query": "q", "bad": "b", "good": "g"}
 def test_a_form_of_step_1_that_cannot_work_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         check_form(PAPER["prompts"]["principles"] | change)
+
+
+def test_bf16_on_a_cpu_is_a_setting_of_the_command_that_runs(tmp_path):
+    """Of each command anew: several may run in a process."""
+    line = (f"python generate.py written --principles {ROOT}/data/features.jsonl --queries {ROOT}/data/queries.jsonl "
+            f"--out {tmp_path}/principles.jsonl")
+    for value in (1, 0):
+        run_here(f"{line} --set run.bf16_on_cpu={value}")
+        assert models.bf16_on_cpu == value and models.precision() == (torch.bfloat16 if value else torch.float32)
