@@ -78,6 +78,7 @@ def written(principles, queries, out, recipe):
         query = record["prompt"][0]["content"]
         if query in by_query:
             chosen = [by_query[query]]
+            record["fallback"] = by_query[query].get("fallback")
         elif len(general) >= 2:
             chosen = random.Random(f"{seed} {query}").sample(general, 2)
         else:

@@ -23,9 +23,12 @@ from plumbing.records import UserError
 WORLD = load_toml(Path(__file__).with_suffix(".toml"))
 KINDS = WORLD["kinds"]
 QUESTIONS = WORLD["questions"].strip().split("\n")
-THINGS = [f"What is {thing}?" for thing in WORLD["things"].replace("\n", " ").strip().split(", ")]
-WORLDS = {"form": (QUESTIONS, 20, 7),       # questions; held out of them; demands on each of these
-          "language": (THINGS, 200, 1), "tone": (THINGS, 200, 1), "line": (THINGS, 200, 1)}
+THINGS = WORLD["things"].replace("\n", " ").strip().split(", ")
+ASKED = WORLD["asked"].strip().split("\n")          # of each thing
+THINGS_ASKED = {asked.format(thing) for thing in THINGS for asked in ASKED}
+WORLDS = {"form": (QUESTIONS, ["{}"], 20, 7),       # topics; how one asks; topics held out; turns of them
+          "language": (THINGS, ASKED, 200, 1), "tone": (THINGS, ASKED, 200, 1),
+          "line": (THINGS, ASKED, 200, 1)}
 LEAST_WORDS = 5             # different ones, of an answer
 
 
@@ -49,8 +52,8 @@ def parse(text):
     """The `Query` of a query's text; UserError if it is none of this world."""
     question, mark, demand = text.strip().partition("? ")
     question += mark.strip()
-    questions = QUESTIONS + THINGS if demand else THINGS
-    if question not in questions or demand not in DEMANDS:
+    known = question in THINGS_ASKED or demand and question in QUESTIONS
+    if not known or demand not in DEMANDS:
         raise UserError(f"{text[:60]!r} is not a query of lab/form.toml")
     return Query(question, demand, *DEMANDS[demand])
 
@@ -79,11 +82,13 @@ def kinds_of(world):
     return [kind for kind in KINDS if KINDS[kind].get("world", "form") == world]
 
 
-def combine(questions, kinds, turns, rng):
-    """Every question with a demand, and so in each turn; the kinds of demand take turns, too."""
+def combine(topics, asked, kinds, turns, rng):
+    """A question about every topic, with a demand, and so in each turn. The ways to ask and the
+    kinds of demand take turns, too."""
     texts = []
     for turn in range(turns):
-        for number, question in enumerate(questions):
+        for number, topic in enumerate(topics):
+            question = asked[turn % len(asked)].format(topic)
             kind = kinds[(number + turn) % len(kinds)]
             demands = [demand for demand in DEMANDS if DEMANDS[demand][0] == kind]
             texts.append(f"{question} {rng.choice(demands)}".strip())
@@ -91,14 +96,14 @@ def combine(questions, kinds, turns, rng):
 
 
 def make_queries(seed=0, world="form"):
-    """{"queries": texts, "heldout": texts} of a world, no question in both; each turn of the
-    queries asks every question once."""
+    """{"queries": texts, "heldout": texts} of a world, no topic in both; each turn of the queries
+    asks about every topic once."""
     rng = random.Random(seed)
     kinds = kinds_of(world)
-    pool, held, turns = WORLDS[world]
-    questions = rng.sample(pool, len(pool))
-    return {"queries": combine(questions[held:], kinds, len(kinds), rng),
-            "heldout": combine(questions[:held], kinds, turns, rng)}
+    pool, asked, held, turns = WORLDS[world]
+    topics = rng.sample(pool, len(pool))
+    return {"queries": combine(topics[held:], asked, kinds, max(len(kinds), len(asked)), rng),
+            "heldout": combine(topics[:held], asked, kinds, turns, rng)}
 
 
 def write(out, count: int = 10**6, long: int = 0, seed: int = 0, world="form"):

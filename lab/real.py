@@ -121,13 +121,15 @@ def arms(model, recipe, out: Path, queries=None, heldout=None, principles=None, 
     responses = lab_arms.begin(principles or model, out / "queries.jsonl", model, out, recipe)
     start = lab_arms.Start(model, out / "heldout.jsonl", out / "base" / "answers.jsonl", grader,
                            responses)
-    rows = lab_arms.measure("base", model, start, out / "base", recipe)
+    base = lab_arms.measure("base", model, start, out / "base", recipe)
     report = out / "report.json"
-    if report.exists():
-        rows |= read_json(report)["rows"]
     for name in names.split(","):
         shared, label = labels(name, recipe)
-        rows |= lab_arms.run_arm(label, ARMS[name], start, out / label, recipe, out / shared)
+        row = lab_arms.run_arm(label, ARMS[name], start, out / label, recipe, out / shared)
+        rows = base
+        if report.exists():     # read late: other commands may add arms in the meantime
+            rows = read_json(report)["rows"]
+        rows |= row
         costs = {}
         for path in sorted(out.rglob("*.costs.json")):
             costs[str(path.relative_to(out))] = read_json(path)
@@ -201,7 +203,7 @@ def write_world(name, out, count, seed):
 
 def worlds(model, recipe, out: Path, strong=None, names=",".join(TOKENS), count: int = 200):
     """The preflight of a model on `count` queries of each world, with principles of several
-    writers."""
+    writers. STRONG is a model, or a folder of the principles that it wrote, <world>.jsonl."""
     seed = recipe["run"]["seed"]
     rows = {}
     for name in names.split(","):
@@ -215,22 +217,27 @@ def worlds(model, recipe, out: Path, strong=None, names=",".join(TOKENS), count:
                                "stronger": strong}.items():
             if not source:
                 continue
-            principles = folder / writer / "principles.jsonl"
             write = generate.principles
-            if writer == "hand":
+            file = Path(source, f"{name}.jsonl")
+            if file.exists():
+                source = file
+            if Path(source).is_file():
                 write = generate.written
+            principles = folder / writer / "principles.jsonl"
             lab_arms.timed(write, source, plain, principles, own)
             responses = folder / writer / "responses.jsonl"
             lab_arms.timed(generate.responses, model, principles, responses, own, ("good", "bad"))
+            records = read_jsonl(responses)
             # p(.) costs as much as sampling, and varies less: a part of the queries will do.
             row = evaluation.measure_pairs(responses, model, None, own, only=MEASURED)
-            row |= evaluation.measure_quality(read_jsonl(responses), sso.L, critic)
+            row |= evaluation.measure_quality(records, sso.L, critic)
+            row["fallback"] = stat([bool(record.get("fallback")) for record in records])
             row["verdict"] = evaluation.verdict(row).split(":")[0]
             rows[f"{name}, {writer}"] = row
             results.write(out / "report.json", weights=results.sha256(model), rows=rows,
                           settings=own)
     print_table(rows, ["y+", "yo", "y-", "accuracy", "y+ over yo", "p(chosen)", "p(original)",
-                       "p(rejected)", "verdict"])
+                       "p(rejected)", "fallback", "verdict"])
 
 
 if __name__ == "__main__":
