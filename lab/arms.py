@@ -61,7 +61,7 @@ def generators(objective):
     """The generators of an arm: {objective: roles in which it answers}."""
     if objective == "two":      # one for each of L+ and L-, as the paper's Limitations suggest
         return {"plus": ("good",), "minus": ("bad",)}
-    if sso.trains_generator(objective):
+    if objective != "cross" and sso.trains_generator(objective):
         return {objective: ("good", "bad")}
     return {}
 
@@ -116,7 +116,7 @@ def measure(name, model, start, out, recipe, pairs=None):
 def run_arm(name, objective, start, out, recipe, shared=None):
     """Run an arm, and return its report. Its objective is an entry of `sso.PAIRS`, "two" or
     "cross". Arms that only differ in their policy may share the folder of generator and pairs."""
-    if objective != "cross" and not generators(objective):
+    if objective in sso.PAIRS and not generators(objective):
         recipe = change(recipe, policy={"objective": objective})
     pairs = make_pairs(objective, start, shared or out, recipe)
     timed(train.policy, start.policy, pairs, out / "policy", recipe)

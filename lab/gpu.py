@@ -30,7 +30,6 @@ NEW = 4             # tokens of an answer
 QUERIES = 1         # of a step
 SIZE = 64           # of a large matrix
 REQUESTS = 4        # of sampling, as vLLM's and nano-vllm's benchmarks have them
-AT_ONCE = 2         # of them
 LENGTHS = (4, 16)   # tokens of a request's prompt, and of its answer: from, to
 LAYERS = 2
 if bench.CUDA:
@@ -40,7 +39,6 @@ if bench.CUDA:
     QUERIES = 8
     SIZE = 8192
     REQUESTS = 256
-    AT_ONCE = 128
     LENGTHS = (100, 1024)
     LAYERS = 28
 COLUMNS = ["s", "extra GiB", "share of peak", "difference", "equal", "tokens/s"]
@@ -88,7 +86,7 @@ def decoding():
 
 
 def requests():
-    """A row of a table: tokens a second of sampling requests, 128 at a time, in bf16. Weights are
+    """A row of a table: tokens a second of sampling requests, all of them at once, in bf16. Weights are
     random, of Qwen3-0.6B's shape. The published numbers: nano-vllm 1,434 and vLLM 1,362 on an RTX
     4070 for laptops, nano-vllm 3,038 on an A10G."""
     with device:
@@ -101,14 +99,12 @@ def requests():
     prompts.sort(key=len, reverse=True)
     limits = [rng.randint(*LENGTHS) for _ in range(REQUESTS)]
 
-    def sample():
-        for start in range(0, REQUESTS, AT_ONCE):
-            randoms = [random.Random(i) for i in range(start, start + AT_ONCE)]
+    randoms = [random.Random(i) for i in range(REQUESTS)]
 
-            def choose(logits, rows):
-                return sampling.draw(logits, [randoms[i] for i in rows], 0.6, top_p=1.0)
-            sampling.decode(chat, prompts[start:start + AT_ONCE], choose,
-                            lambda i, ids: len(ids) == limits[start + i])
+    def sample():
+        def choose(logits, rows):
+            return sampling.draw(logits, [randoms[i] for i in rows], 0.6, top_p=1.0)
+        sampling.decode(chat, prompts, choose, lambda i, ids: len(ids) == limits[i])
 
     rows = bench.measure({"requests": sample}, 1)
     rows["requests"]["tokens/s"] = sum(limits) / rows["requests"]["s"]
