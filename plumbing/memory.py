@@ -74,24 +74,26 @@ def token_bytes(chat, example, recompute):
     """How many bytes a padded token keeps until the backward pass. They are measured over one
     forward pass of an example, cut to 1,024 tokens a row."""
     short = [sso.Pair(pair.prompt[:512], pair.winner[:256], pair.loser[:256]) for pair in example]
-    kept = {}       # {place: bytes}
+    kept = {}       # {place: its memory}
 
     def keep(tensor):
+        # Nothing is returned for the graph to hold. A graph that holds its own outputs is never
+        # freed, nor are the weights that it leads to.
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        kept[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         logps, _ = chat.pair_logps(chat.model, [short], chat.pad_id)
     for parameter in chat.model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
-    total = sum(kept.values())
+    sizes = [storage.nbytes() for storage in kept.values()]
+    total = sum(sizes)
     config = chat.model.config.get_text_config()
     if recompute:       # then only the inputs of all layers are kept, and what one layer keeps
         inputs = 4 * padded(short) * config.num_hidden_layers * config.hidden_size
         total = total / config.num_hidden_layers + inputs
     # The backward pass holds gradients of the largest tensors, too.
-    return (total + 3 * max(kept.values())) / padded(short)
+    return (total + 3 * max(sizes)) / padded(short)
 
 
 def plan(chat, examples, settings):

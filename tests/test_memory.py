@@ -1,8 +1,10 @@
 """What is said of memory before the work, what is chosen by it, and that running out changes no result."""
 
 import ctypes
+import gc
 import re
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,16 @@ def test_the_bytes_of_a_token_are_on_the_safe_side_of_what_autograd_saves(checkp
     assert inputs < 0.4 * whole
     for estimate, needed in zip(estimates, (whole, inputs + whole / 2)):
         assert needed < 4 * 690 * estimate < 3 * needed
+
+
+def test_a_plan_keeps_nothing_of_the_model(checkpoint):
+    """The next training of the same process needs its memory."""
+    chat = load_chat(checkpoint)
+    weights = weakref.ref(next(chat.model.parameters()))
+    memory.plan(chat, [[Pair([5] * 60, [6] * 50, [7] * 40)]], {"micro_batch_tokens": 0, "recompute_layers": 0})
+    del chat
+    gc.collect()
+    assert weights() is None
 
 
 def planned(chat, examples, capsys):
