@@ -1,6 +1,7 @@
 """The paper's figures, drawn from measurements. They need matplotlib; nothing else does.
 
     python -m lab.figures pairs F.jsonl [G.jsonl] --policy M --grader F.py --out figure3.png
+    python -m lab.figures report results/qwen-gpu.json --out figure3.svg
     python -m lab.figures log runs/toy/policy/log.jsonl [...] --out curves.png
 """
 
@@ -12,7 +13,7 @@ import sso
 from plumbing import command
 from plumbing.models import load_chat
 from plumbing.recipes import stage_settings
-from plumbing.records import UserError, read_jsonl
+from plumbing.records import UserError, read_json, read_jsonl
 
 try:
     import matplotlib
@@ -113,6 +114,16 @@ def pairs(files, policy, out, recipe, grader=None, judge=None,
     draw(out, panels)
 
 
+def report(files, out):
+    """Draw Figure 3 of the arms in reports, or in files of results."""
+    check_matplotlib()
+    panels = []
+    for path in files:
+        rows = read_json(path)["rows"]
+        panels.append(partial(figure3, {name: rows[name] for name in rows if "accuracy" in rows[name]}))
+    draw(out, panels)
+
+
 def log(files, out):
     """Draw training curves, of log.jsonl files."""
     check_matplotlib()
@@ -121,4 +132,4 @@ def log(files, out):
 
 
 if __name__ == "__main__":
-    command.run(__doc__, pairs, log)
+    command.run(__doc__, pairs, report, log)

@@ -327,7 +327,7 @@ def test_a_seed_has_a_process_of_its_own_whose_log_is_a_file_and_whose_errors_co
 
 def test_a_figure_without_matplotlib_says_what_to_do_before_the_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)            # that is, importing it fails
-    for words in ("pairs none.jsonl --policy none", "log none.jsonl"):
+    for words in ("pairs none.jsonl --policy none", "report none.json", "log none.jsonl"):
         with pytest.raises(SystemExit, match="^error: figures need matplotlib, which is optional: pip install mat"):
             run_here(f"python -m lab.figures {words} --out x.png")
 

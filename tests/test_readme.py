@@ -127,6 +127,13 @@ def print_real(found):
     print_all([rows], ["minutes", "tokens a second", "peak GB"])
 
 
+def print_arms(found):
+    columns = ["quality", "SSO better by", "accuracy", "p(chosen)", "p(rejected)", "policy's p(original)", "words"]
+    print_all([found["rows"]], [column for column in columns if any(column in row for row in found["rows"].values())])
+    if "generators" in found:
+        print_all([found["generators"]], ["y+", "yo", "y-", "accuracy"])
+
+
 def print_bench(found):
     print_all(found["tables"], bench.COLUMNS)
 
@@ -137,7 +144,8 @@ PRINTERS = {    # file of results -> how its tables are printed
     "step1": lambda found: print_all([found["rows"]]),
     "bf16": lambda found: print_all([found["rows"]]),
     "worlds": lambda found: print_all([found["rows"]], ["y+", "yo", "y-", "accuracy", "y+ over yo", "p(chosen)",
-                                                        "p(original)", "p(rejected)", "verdict"]),
+                                                        "p(original)", "p(rejected)", "fallback", "verdict"]),
+    "qwen-gpu": print_arms, "qwen-small": print_arms,
     "study-again": lambda found: print_all([found["rows"]], ["quality", "less PBAA, paired", "accuracy", "p(rejected)"]),
     "study": lambda found: study.print_tables(found["runs"], found["rounds"]),
     **dict.fromkeys(["bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling", "bench-memory"], print_bench)}
