@@ -131,6 +131,16 @@ def test_worlds_are_looked_at_with_the_principles_of_each_writer(qwen3, tmp_path
     principles = {writer: read_jsonl(tmp_path / f"line/{writer}/principles.jsonl") for writer in ("hand", "itself", "stronger")}
     assert len({json.dumps(records) for records in principles.values()}) == 3
     assert read_json(tmp_path / "line/original.jsonl.args.json")["max_new_tokens"] == 64
+    for name in ("line", "facts"):          # the same principles as files
+        path = tmp_path / f"{name}/stronger/principles.jsonl"
+        records = [record | {"fallback": "empty"} for record in read_jsonl(path)]
+        write_jsonl(tmp_path / f"strong/{name}.jsonl", records)
+        for made in path.parent.glob("*.jsonl*"):
+            made.unlink()
+    run_here(f"{line} --strong {tmp_path}/strong", monkeypatch)
+    for name, row in read_json(tmp_path / "report.json")["rows"].items():
+        assert row["fallback"]["mean"] == (1 if "stronger" in name else report["rows"][name]["fallback"]["mean"])
+        assert row["p(rejected)"] == report["rows"][name]["p(rejected)"]
 
 
 def test_arms_draw_the_queries_of_a_file_by_seed_and_take_its_principles(qwen3, grader, tmp_path, monkeypatch):
