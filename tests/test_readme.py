@@ -142,7 +142,7 @@ PRINTERS = {    # file of results -> how its tables are printed
     "first-run": print_run, "smollm2-run": print_run, "qwen-run": print_run, "miniature": print_real, "figure3-smollm2": print_real,
     "ways": lambda found: print_all(found["all seeds"].values(), ["y+", "yo", "y-", "accuracy", "y+ over yo"]),
     "step1": lambda found: print_all([found["rows"]]),
-    "bf16": lambda found: print_all([found["rows"]]),
+    "bf16": lambda found: print_all([found["rows"]]), "lora": lambda found: print_all([found["rows"]]),
     "worlds": lambda found: print_all([found["rows"]], ["y+", "yo", "y-", "accuracy", "y+ over yo", "p(chosen)",
                                                         "p(original)", "p(rejected)", "fallback", "verdict"]),
     "qwen-gpu": print_arms, "qwen-small": print_arms,
