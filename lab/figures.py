@@ -120,7 +120,8 @@ def report(files, out):
     panels = []
     for path in files:
         rows = read_json(path)["rows"]
-        panels.append(partial(figure3, {name: rows[name] for name in rows if "accuracy" in rows[name]}))
+        arms = {name: row for name, row in rows.items() if "accuracy" in row}
+        panels.append(partial(figure3, arms))
     draw(out, panels)
 
 

@@ -26,9 +26,10 @@ QUESTIONS = WORLD["questions"].strip().split("\n")
 THINGS = WORLD["things"].replace("\n", " ").strip().split(", ")
 ASKED = WORLD["asked"].strip().split("\n")          # of each thing
 THINGS_ASKED = {asked.format(thing) for thing in THINGS for asked in ASKED}
-WORLDS = {"form": (QUESTIONS, ["{}"], 20, 7),       # topics; how one asks; topics held out; turns of them
-          "language": (THINGS, ASKED, 200, 1), "tone": (THINGS, ASKED, 200, 1),
-          "line": (THINGS, ASKED, 200, 1)}
+WORLDS = {      # topics; how one asks about them; how many are held out, and in how many turns
+    "form": (QUESTIONS, ["{}"], 20, 7),
+    "language": (THINGS, ASKED, 200, 1), "tone": (THINGS, ASKED, 200, 1),
+    "line": (THINGS, ASKED, 200, 1)}
 LEAST_WORDS = 5             # different ones, of an answer
 
 

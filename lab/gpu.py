@@ -86,8 +86,8 @@ def decoding():
 
 
 def requests():
-    """A row of a table: tokens a second of sampling requests, all of them at once, in bf16. Weights are
-    random, of Qwen3-0.6B's shape. The published numbers: nano-vllm 1,434 and vLLM 1,362 on an RTX
+    """A row of a table: tokens a second of sampling requests, all of them at once, in bf16. Weights
+    are random, of Qwen3-0.6B's shape. The published numbers: nano-vllm 1,434 and vLLM 1,362 on an RTX
     4070 for laptops, nano-vllm 3,038 on an A10G."""
     with device:
         model = Qwen3ForCausalLM(Qwen3Config(
@@ -98,7 +98,6 @@ def requests():
     prompts = [rng.choices(range(10_000), k=rng.randint(*LENGTHS)) for _ in range(REQUESTS)]
     prompts.sort(key=len, reverse=True)
     limits = [rng.randint(*LENGTHS) for _ in range(REQUESTS)]
-
     randoms = [random.Random(i) for i in range(REQUESTS)]
 
     def sample():

@@ -121,15 +121,13 @@ def arms(model, recipe, out: Path, queries=None, heldout=None, principles=None, 
     responses = lab_arms.begin(principles or model, out / "queries.jsonl", model, out, recipe)
     start = lab_arms.Start(model, out / "heldout.jsonl", out / "base" / "answers.jsonl", grader,
                            responses)
-    base = lab_arms.measure("base", model, start, out / "base", recipe)
+    rows = lab_arms.measure("base", model, start, out / "base", recipe)
     report = out / "report.json"
+    if report.exists():
+        rows |= read_json(report)["rows"]
     for name in names.split(","):
         shared, label = labels(name, recipe)
-        row = lab_arms.run_arm(label, ARMS[name], start, out / label, recipe, out / shared)
-        rows = base
-        if report.exists():     # read late: other commands may add arms in the meantime
-            rows = read_json(report)["rows"]
-        rows |= row
+        rows |= lab_arms.run_arm(label, ARMS[name], start, out / label, recipe, out / shared)
         costs = {}
         for path in sorted(out.rglob("*.costs.json")):
             costs[str(path.relative_to(out))] = read_json(path)

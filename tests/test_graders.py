@@ -59,7 +59,8 @@ def test_other_worlds_have_200_queries_held_out_whose_thing_no_query_asks_for(na
     asked, held = [[form.parse(record["prompt"][0]["content"]) for record in read_jsonl(tmp_path / f"{part}.jsonl")]
                    for part in ("queries", "heldout")]
     assert len(set(asked)) == len(asked) >= 256 and len(set(held)) == len(held) == 200
-    assert not {query.question for query in asked} & {query.question for query in held}
+    thing_of = {way.format(thing): thing for thing in form.THINGS for way in form.ASKED}
+    assert not {thing_of[query.question] for query in asked} & {thing_of[query.question] for query in held}
     assert {query.kind for query in asked} == {query.kind for query in held} == set(form.kinds_of(name))
 
 

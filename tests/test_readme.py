@@ -37,7 +37,7 @@ COMMANDS = [line for line in BLOCKS.replace("\\\n", "").splitlines() if line.str
 MEAN = r"[-−]?\d+\.\d{3}\s±\s\d+\.\d{3}"        # with its error
 CLEAN = tempfile.TemporaryDirectory()       # until the end of the tests
 SETUP = "pip install -r requirements.txt && "
-MODULES = {path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.rglob("*.py")}
+MODULES = {path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))}
 
 
 # ---- Names, links, numbers -----------------------------------------------------------------------
