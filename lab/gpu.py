@@ -87,8 +87,8 @@ def decoding():
 
 def requests():
     """A row of a table: tokens a second of sampling requests, all of them at once, in bf16. Weights
-    are random, of Qwen3-0.6B's shape. The published numbers: nano-vllm 1,434 and vLLM 1,362 on an RTX
-    4070 for laptops, nano-vllm 3,038 on an A10G."""
+    are random, of Qwen3-0.6B's shape. The published numbers: nano-vllm 1,434 and vLLM 1,362 on an
+    RTX 4070 for laptops, nano-vllm 3,038 on an A10G."""
     with device:
         model = Qwen3ForCausalLM(Qwen3Config(
             vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=LAYERS,

@@ -139,7 +139,8 @@ def print_bench(found):
 
 
 PRINTERS = {    # file of results -> how its tables are printed
-    "first-run": print_run, "smollm2-run": print_run, "qwen-run": print_run, "miniature": print_real, "figure3-smollm2": print_real,
+    **dict.fromkeys(["first-run", "smollm2-run", "qwen-run", "qwen-too-hard"], print_run),
+    "miniature": print_real, "figure3-smollm2": print_real,
     "ways": lambda found: print_all(found["all seeds"].values(), ["y+", "yo", "y-", "accuracy", "y+ over yo"]),
     "step1": lambda found: print_all([found["rows"]]),
     "bf16": lambda found: print_all([found["rows"]]), "lora": lambda found: print_all([found["rows"]]),
