@@ -128,7 +128,7 @@ def print_real(found):
 
 
 def print_arms(found):
-    columns = ["quality", "SSO better by", "accuracy", "p(chosen)", "p(rejected)", "policy's p(original)", "words"]
+    columns = ["quality", "SSO better by", "accuracy", "p(chosen)", "p(rejected)", "policy's p(original)", "words", "by seed"]
     print_all([found["rows"]], [column for column in columns if any(column in row for row in found["rows"].values())])
     if "generators" in found:
         print_all([found["generators"]], ["y+", "yo", "y-", "accuracy"])
