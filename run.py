@@ -24,7 +24,6 @@ from toy import world
 
 
 STAGES = ["principles", "responses", "generator", "policy"]
-MOST_ROUNDS = 100
 SHOWN = 2           # held-out queries whose answers are printed
 LABELS = {"sso": "SSO", "policy": "PBAA"}
 
@@ -157,8 +156,6 @@ def check(recipe, model, queries, heldout, principles, principle_model, rounds, 
         raise UserError("--principles and --principle-model exclude each other")
     if server and not (principle_model or judge):
         raise UserError("--server goes with --principle-model or --judge; --model is trained here")
-    if rounds > MOST_ROUNDS:
-        raise UserError(f"--rounds is at most {MOST_ROUNDS}")
     if principles:
         read_jsonl(principles, needs=(), uses=())
     for stage in STAGES:

@@ -401,16 +401,11 @@ def worked_example(beta=0.1, gamma=0.1):
         print(f"      loser, the {roles.loser} response: {tokenizer.decode(ids.loser)}")
 
     logps, tokens = pair_logps(model, [example], pad_id=0)                      # (2, 2, 1) each
-    logps.retain_grad()
     ref_logps = logps.detach()              # the reference is the model before its first update
     loss, parts = sso_loss(logps, ref_logps, tokens, "dpo", gamma, beta=beta)
     print("\nStep zero. Policy = reference: margins are 0, and L_base is ln 2 = 0.6931\n")
     print_numbers(logps, ref_logps, parts, gamma)
     loss.sum().backward()
-    print("\nThe gradient of L_SSO by each log-probability: negative pushes it up, positive down\n")
-    for row, term in enumerate(PAIRS["sso"]):
-        winner, loser = logps.grad[:, row, 0].tolist()
-        print(f"  {term} winner {winner:+.4f}, loser {loser:+.4f}")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.01 * parameter.grad

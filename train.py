@@ -24,7 +24,8 @@ from plumbing.checkpoint import Progress, uninterrupted
 from plumbing.examples import read_examples
 from plumbing.lora import add_adapters, merge_adapters
 from plumbing.memory import in_micro_batches, plan
-from plumbing.models import autocast, choose_logps, inspect_chat, load_weights, spare
+from plumbing.models import (autocast, choose_logps, inspect_chat, load_weights,
+                             recompute_layers)
 from plumbing.outputs import Output
 from plumbing.recipes import stage_settings
 from plumbing.scoring import score
@@ -175,7 +176,8 @@ def train(stage, model, data, out, recipe):
     if settings["lora_rank"]:
         add_adapters(chat.model, settings)
     plan(chat, examples, settings)
-    spare(chat.model, settings)
+    if settings["recompute_layers"]:
+        recompute_layers(chat.model)
     # The reference is this very model before its first update. It is scored once. That saves a
     # second model in memory, and a second forward pass in every step.
     ref_logps = torch.zeros(2, len(examples[0]), len(examples))                         # (2, R, N)

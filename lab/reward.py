@@ -18,7 +18,7 @@ import sso
 from plumbing import command
 from plumbing.examples import encode_record, read_examples
 from plumbing.memory import plan
-from plumbing.models import device, inspect_chat, load_weights, spare
+from plumbing.models import device, inspect_chat, load_weights, recompute_layers
 from plumbing.outputs import Output
 from plumbing.recipes import stage_settings
 from plumbing.records import UserError, read_jsonl
@@ -81,7 +81,8 @@ def train(files, model, out, recipe):
         examples += more
     output.write_note()
     plan(chat, examples, settings)
-    spare(chat.model, settings)
+    if settings["recompute_layers"]:
+        recompute_layers(chat.model)
 
     def loss(group):
         """Bradley-Terry, -log σ(r(x, winner) - r(x, loser)), of b examples, by their indices. This

@@ -1,6 +1,7 @@
 """Turn records into examples, which are token ids to train on or to score. Some are skipped."""
 
 from collections import Counter
+from functools import partial
 
 import sso
 from plumbing.records import UserError, for_each, read_jsonl
@@ -97,10 +98,8 @@ def read_examples(path, objective, chat, max_length, prompts=sso.PROMPTS, limit=
     if held:
         print(f"warning: {path}: {len(held)} prompts hold control tokens of the model, as in "
               f"{held[0][:40]!r}. They are read as plain text: give prompts without their template")
-
-    def encode(record):
-        return encode_record(record, objective, chat, max_length, prompts)
-
+    encode = partial(encode_record, objective=objective, chat=chat, max_length=max_length,
+                     prompts=prompts)
     for example, reason in for_each(f"{path}, line", encode, records):
         if example:
             examples.append(example)

@@ -195,7 +195,7 @@ def choose_logps(chat, logps):
     return chat
 
 
-# ---- Precision, time, memory ---------------------------------------------------------------------
+# ---- Precision, memory ---------------------------------------------------------------------
 
 def precision():
     """Of matrix products. It is bf16 on a card with units for it (compute capability 8: A100 or
@@ -215,13 +215,10 @@ def autocast():
     return torch.autocast(device.type, torch.bfloat16, enabled=precision() == torch.bfloat16)
 
 
-def spare(model, settings):
-    """Save time by compiling, or memory by computing layers again in the backward pass."""
-    if settings["compile"]:
-        model.base_model.compile(dynamic=True)      # once, and not for each width of a micro-batch
-    if settings["recompute_layers"]:
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        enable = enable or model.gradient_checkpointing_enable      # transformers before 5.23
-        enable({"use_reentrant": False})
-        for module in model.modules():      # it needs training mode, which elsewhere means dropout
-            module.training = hasattr(module, "gradient_checkpointing")
+def recompute_layers(model):
+    """Save memory: layers are computed again in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable      # transformers before 5.23
+    enable({"use_reentrant": False})
+    for module in model.modules():      # it needs training mode, which elsewhere means dropout
+        module.training = hasattr(module, "gradient_checkpointing")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from plumbing.records import UserError, as_lines, read_json, write_text
 
 # But for rounding.
-NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "compile", "logps", "bf16_on_cpu")
+NO_EFFECT = ("micro_batch_tokens", "recompute_layers", "logps", "bf16_on_cpu")
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 ENOUGH = 16     # failures: with so many a command ends
 

@@ -103,7 +103,7 @@ def test_the_bytes_of_a_token_are_on_the_safe_side_of_what_autograd_saves(checkp
     example = [Pair([5] * 600, [6] * 50, [7] * 40)]
     estimates = [memory.token_bytes(chat, example, recompute) for recompute in (0, 1)]
     whole = saved_bytes(chat, [example] * 4)
-    models.spare(chat.model, {"compile": 0, "recompute_layers": 1})
+    models.recompute_layers(chat.model)
     inputs = saved_bytes(chat, [example] * 4)
     assert inputs < 0.4 * whole
     for estimate, needed in zip(estimates, (whole, inputs + whole / 2)):

@@ -49,7 +49,7 @@ def test_what_is_begun_is_continued_and_what_is_complete_is_skipped(make):
     for path, complete in ((output.partial, False), (output.path, True)):
         fill(path)
         assert make().is_complete() == complete
-        no_effect = {"micro_batch_tokens": 7, "compile": 1, "recompute_layers": 1, "logps": "plain"}
+        no_effect = {"micro_batch_tokens": 7, "recompute_layers": 1, "logps": "plain"}
         assert make(SETTINGS | no_effect).is_complete() == complete
         how = "was made with {}: choose another --out, or delete .*" + f"{path}.*{output.note_path} to make it again"
         refused(make({"lr": 0.2, "seed": 0}), how.format("lr = 0.1, not 0.2"))

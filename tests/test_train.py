@@ -4,9 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,16 +12,15 @@ import torch.nn.functional as F
 
 import sso
 import train
-from conftest import (ROOT, TOY, TOY_BASE, assert_same_weights, change_json, log, make_checkpoint, naive_logp,
+from conftest import (TOY, TOY_BASE, assert_same_weights, change_json, log, make_checkpoint, naive_logp,
                       probability)
-from plumbing import checkpoint, fast, memory
+from plumbing import checkpoint, memory
 from plumbing.checkpoint import Progress
 from plumbing.examples import read_examples
 from plumbing.models import load_chat
 from plumbing.recipes import change, stage_settings
 from plumbing.records import UserError, read_json, read_jsonl
 from plumbing.scoring import score
-from toy import world
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -83,29 +79,6 @@ def test_log_probs_micro_batches_and_layers_computed_again_train_the_same_policy
     change_json("model/config.json", attention_dropout=0.5)
     train.policy("model", toy_responses, "out", recipe("policy", lr=1e-4, **settings))
     assert_same_weights(policy, "out", atol=1e-5)
-
-
-@pytest.mark.slow
-def test_compiled_layers_train_the_same_policy_and_few_of_them_are_made(policy, toy_responses, monkeypatch):
-    """Not one for every width. The backend needs no C++ compiler: it shows what dynamo makes of the model, and how
-    often."""
-    compile, make_mask = torch.nn.Module.compile, fast.make_mask
-    made, widths = [], set()
-
-    def backend(graph, inputs):
-        made.append(graph)
-        return graph.forward
-
-    def watched(segments, dtype):
-        widths.add(segments.shape)
-        return make_mask(segments, dtype)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(self, backend=backend, **how))
-    monkeypatch.setattr(fast, "make_mask", watched)
-    settings = recipe("policy", lr=1e-4, compile=1, logps="fast", micro_batch_tokens=150)
-    train.policy(TOY_BASE, toy_responses, "out", settings)
-    assert_same_weights(policy, "out", atol=1e-5)
-    assert len(widths) > 5 and 0 < len(made) <= 8
 
 
 def test_every_batch_is_compared_with_the_reference_of_its_own_examples(toy_responses):
@@ -328,28 +301,6 @@ def test_an_interrupted_training_continues_to_the_same_weights(toy_responses, mo
     assert_same_weights("a", "b", atol=1e-6)
     assert [row["step"] for row in log("a")] == [0, 1, 2]
     assert not Path("a/checkpoint.pt").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_command_that_was_stopped_continues_to_the_same_weights(toy_responses, stop):
-    line = (f"{ROOT}/train.py generator --model {TOY_BASE} --data {toy_responses} --recipe {world.RECIPE} "
-            "--set generator.batch_size=4 --out a")
-    process = subprocess.Popen([sys.executable, *line.split()], stderr=subprocess.PIPE, text=True,
-                               # Ctrl-C reaches it, also under nohup.
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while not (Path("a.partial/log.jsonl").exists() and len(log("a.partial")) > 2):
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(stop)
-    said = process.communicate()[1]
-    assert process.returncode
-    assert said.endswith("interrupted; the same command continues where it stopped\n")
-    assert torch.load("a.partial/checkpoint.pt")["step"] == len(log("a.partial")) > 2
-    for name in "ab":
-        train.generator(TOY_BASE, toy_responses, name, change(TOY, generator={"batch_size": 4}))
-    assert_same_weights("a", "b", atol=1e-6)
-    assert [row["step"] for row in log("a")] == list(range(48))
 
 
 @pytest.mark.parametrize("batch_size, message", [
