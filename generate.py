@@ -98,7 +98,7 @@ def responses(model, principles, out, recipe, roles=tuple(sso.COLUMNS),
               originals: int = None, server=None):
     """Write the records of PRINCIPLES to OUT with the model's responses to the prompts of some
     roles: y+ (chosen), y- (rejected), yo (original). Other columns stay. `originals`: sample yo
-    only for the first so many queries, those that a generator is trained on."""
+    only for the first N queries, those that a generator is trained on."""
     settings = stage_settings(recipe, "responses")
     prompts = recipe["prompts"]
     records = read_jsonl(principles, uses=())

@@ -1,6 +1,6 @@
 """SSO from end to end: the paper's Figure 2 as code, and the baseline PBAA beside it.
 
-    python run.py                       # the toy world: offline, half a minute
+    python run.py                       # the toy world: offline, under a minute
     python run.py --model M --queries Q.jsonl --recipe R.toml --out runs/NAME       # any chat model
 
 One run is one folder. Each step reads the files of the steps before it. A step that is complete is

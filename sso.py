@@ -133,7 +133,7 @@ L_PLUS = Pair("good", winner="good", loser="bad")
 
 # Eq. 4. Under a bad principle say yo, what the policy says when nobody steers it, rather than y+.
 # So the generator's bad responses become *on-policy*: the policy would say them anyway. That
-# matters because step 4 pushes them down. Pushing down what the policy never says teaches nothing.
+# matters because step 4 pushes them down. Pushing down what the policy never says teaches little.
 L_MINUS = Pair("bad", winner="original", loser="good")
 
 # Eq. 3, the obvious alternative: under a bad principle say y- rather than y+. It also pushes y+ and
@@ -154,9 +154,9 @@ PAIRS = {
 }
 
 
-# Together they are Eq. 1: L+ keeps y+ and y- apart, and L- pulls y- to the policy. Alone, L+ drives
-# y- away from the policy, and L- lets y+ sink to yo (docs/RESULTS.md). Both train one model, so
-# each also moves what the other is about. The paper's Limitations suggest two generators;
+# L+ and L- together are Eq. 1: L+ keeps y+ and y- apart, and L- pulls y- to the policy. Alone, L+
+# drives y- away from the policy, and L- lets y+ sink to yo (docs/RESULTS.md). Both train one model,
+# so each also moves what the other is about. The paper's Limitations suggest two generators;
 # lab/study.py tries them.
 
 def trains_generator(objective):
@@ -391,7 +391,7 @@ def worked_example(beta=0.1, gamma=0.1):
         prompt = encode_prompt(tokenizer, role_messages(role, EXAMPLE))
         print(f"\n{symbol}, the {role} prompt, by the chat template\n\n{tokenizer.decode(prompt)}")
 
-    print("The generator's pairs (Eq. 1), and what of them is supervised\n")
+    print("The generator's pairs (Eq. 1)\n")
     example = []
     for (term, roles), pair in zip(PAIRS["sso"].items(), preference_pairs(EXAMPLE, "sso")):
         ids = encode_pair(tokenizer, END, pair, max_length=4096)

@@ -82,7 +82,7 @@ def summarize(parts, terms):
     """One line of the log: the means of {part: (R, B)} over the batch. If there are several terms,
     each also has its own mean. The loss is the sum of the terms, Eq. 1."""
     row = {}
-    # Rewards are β log π_θ/π_ref. Watch both: the margin also grows when only the rejected falls.
+    # Rewards are β log π_θ/π_ref. Watch both: a falling rejected reward alone widens the margin.
     if "chosen_rewards" in parts:
         margin = parts["chosen_rewards"] - parts["rejected_rewards"]
         parts = parts | {"margin": margin, "reward_accuracy": margin > 0}
