@@ -15,7 +15,7 @@ from pathlib import Path
 
 import sso
 from plumbing import command
-from plumbing.examples import counts, read_responses
+from plumbing.examples import read_responses
 from plumbing.grader import load_grader
 from plumbing.models import load_chat
 from plumbing.recipes import stage_settings
@@ -126,7 +126,7 @@ def measure_pairs(path, policy, critic, recipe, objective="policy", limit=None, 
     records = draw(read_jsonl(path, needs), only)
     settings = stage_settings(recipe, "policy")
     chat = load_chat(policy, "fast")
-    measures = {"pairs": len(records), "counts": counts(records)}
+    measures = {"pairs": len(records)}
     for name, role in (("p(chosen)", roles.winner), ("p(rejected)", roles.loser),
                        ("p(original)", "original")):
         values = probabilities(chat, records, role, settings, recipe["prompts"])

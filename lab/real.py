@@ -46,7 +46,6 @@ TOKENS = {"line": 64, "code": 128, "language": 48, "tone": 64, "facts": 32, "for
 ARMS = {"PBAA": "policy", "SSO": "sso", "y+ over yo": "original", "L+ only": "plus",
         "y+ over another's yo": "cross"}
 MEASURED = 64       # queries of a world whose p(.) is measured
-MEANS = ("accuracy", "ties", "p(chosen)", "p(rejected)", "p(original)")
 FIRST = "PBAA,SSO,y+ over yo,L+ only"       # those that run without --names
 
 
@@ -160,14 +159,9 @@ def compare(folders, grader, first, out, recipe):
     for name in marks:
         gains = [ours - theirs for ours, theirs in zip(marks[first], marks[name])]
         rows[name] = {"quality": stat(marks[name]), f"{first} better by": stat(gains)}
-        for key in MEANS:
-            if key in reports[0]["rows"][name]:
-                cells = [report["rows"][name][key] for report in reports]
-                rows[name][key] = {"mean": statistics.mean(cell["mean"] for cell in cells),
-                                   "se": statistics.mean(cell["se"] for cell in cells)}
         rows[name]["seeds"] = [report["rows"][name]["quality"]["mean"] for report in reports]
     results.write(out, rows=rows, reports=reports)
-    print_table(rows, ["quality", f"{first} better by", *MEANS])
+    print_table(rows, ["quality", f"{first} better by"])
 
 
 # ---- Prompts around a principle ------------------------------------------------------------------

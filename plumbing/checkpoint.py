@@ -122,8 +122,8 @@ class Progress:
         with uninterrupted():
             chat.model.save_pretrained(self.folder)
             chat.tokenizer.save_pretrained(self.folder)
-            for name in ("checkpoint.pt", "checkpoint.tmp"):
-                Path(self.folder, name).unlink(missing_ok=True)
+            for left in self.folder.glob("checkpoint.*"):
+                left.unlink()
             if self.out.is_dir():
                 self.out.rmdir()            # it is empty
             os.replace(self.folder, self.out)

@@ -100,7 +100,6 @@ def locked(out):
     """Lock OUT, a file or a folder. UserError if another process holds it, or if it cannot be
     written. The lock ends with its process, however the process dies."""
     path = Path(out).parent / f".{Path(out).name}.lock"
-    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path).acquire(blocking=False)
@@ -114,9 +113,6 @@ def locked(out):
             yield
         finally:
             path.unlink(missing_ok=True)
-            for folder in made:
-                with contextlib.suppress(OSError):      # it has something in it
-                    folder.rmdir()
 
 
 # ---- Errors --------------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ def teaches_nothing(pairs):
     return None
 
 
-def counts(records):
-    """What a reader should know of the records of a step: {"cut off": shares by role that the
-    length limit cut, "skipped": counts by reason that training skips, "principles": counts by
-    reason for the fixed pair}."""
+def print_counts(out, records):
+    """Print what a reader should know of the records of a step: the shares by role that the length
+    limit cut off, how many by reason training skips, and how many have the fixed pair of
+    principles."""
     cut = {}
     for role, column in sso.COLUMNS.items():
         finished = [record[f"{column}_finished"] for record in records
@@ -36,17 +36,11 @@ def counts(records):
             skipped[teaches_nothing(sso.preference_pairs(record, "policy"))] += 1
         fixed[record.get("fallback")] += 1
     del skipped[None], fixed[None]
-    return {"cut off": cut, "skipped": dict(skipped), "principles": dict(fixed)}
-
-
-def print_counts(out, records):
-    """Print the counts of a step that has made some records."""
-    found = counts(records)
-    cut = {role: f"{share:.1%}" for role, share in found["cut off"].items()}
-    print(f"{out}: {len(records)} records; cut off by max_new_tokens: {cut or 'none'}; skipped in "
-          f"training: {found['skipped'] or 'none'}; with the fixed pair of principles: "
-          f"{found['principles'] or 'none'}")
-    if max(found["cut off"].values(), default=0) > CUT_TOO_OFTEN:
+    shares = {role: f"{share:.1%}" for role, share in cut.items()}
+    print(f"{out}: {len(records)} records; cut off by max_new_tokens: {shares or 'none'}; skipped in "
+          f"training: {dict(skipped) or 'none'}; with the fixed pair of principles: "
+          f"{dict(fixed) or 'none'}")
+    if max(cut.values(), default=0) > CUT_TOO_OFTEN:
         print("warning: responses are cut off so often that their length limit is learned; raise "
               "responses.max_new_tokens")
 

@@ -84,7 +84,6 @@ def draw(logits, randoms, temperature, top_p):
     while rows:
         shares = torch.tensor([[randoms[row].random()] for row in rows], device=probs.device)
         drawn = torch.searchsorted(upto[rows], shares * upto[rows, -1:])                # (rows, 1)
-        drawn = drawn.clamp(max=probs.shape[1] - 1)
         tokens[rows] = drawn[:, 0]
         # Top-p: a token stays if those likelier than it hold less than top_p. Else draw again.
         asked = probs[rows]

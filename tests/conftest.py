@@ -220,9 +220,9 @@ def command(*words):
     return done
 
 
-def run_here(line, *unused):
+def run_here(line):
     """Run a command line, "python SCRIPT.py ..." or "python -m lab.MODULE ...", in this process and the current folder:
-    as the user's, without the seconds of imports. (Some callers still give it their monkeypatch.)"""
+    as the user's, without the seconds of imports."""
     _, *words = shlex.split(line)
     if words[0] == "-m":
         words[:2] = [words[1].replace(".", "/") + ".py"]

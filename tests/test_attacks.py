@@ -98,13 +98,8 @@ CASES["pairs: finished null"] = (POLICY, {"bad.jsonl": json.dumps(RECORD | {"cho
                                  "line 1: 'chosen_finished' is None: it is true or false")
 CASES["pairs: no yo for a generator"] = (GENERATOR, {"bad.jsonl": line(original=None)},
                                          "line 1: a record without 'original', needed for objective 'sso'")
-for name, changes, words, reason in (
-        ("all equal", {"rejected": "So. "}, "", "chosen equals rejected"),
-        ("nothing but an end token", {"chosen": "<|im_end|>\n"}, "", "empty response"),
-        ("equal up to the cut", {"chosen": "So, so.", "rejected": "So, no."}, " --set policy.max_length=45",
-         "chosen equals rejected up to max_length")):
-    CASES[f"pairs: {name}"] = (POLICY + words, {"bad.jsonl": line(**changes)},
-                               f"bad.jsonl: no pair is left: .*'{reason}': 1")
+CASES["pairs: nothing but an end token"] = (POLICY, {"bad.jsonl": line(chosen="<|im_end|>\n")},
+                                            "bad.jsonl: no pair is left: .*'empty response': 1")
 
 # ---- Settings
 for words in ("lr=0 lr=-1 lr=nan lr=inf beta=0 beta=inf gamma=-0.1 gamma=inf weight_decay=inf weight_decay=-1 "
@@ -277,11 +272,6 @@ MODELS = {      # name -> what is done to all but the weights of a good checkpoi
     "tokenizer no JSON": (lambda path: write(path, "tokenizer.json", "{"), ""),
     "no template": (lambda path: remove(path, "chat_template.jinja"), "it has no chat template; use a chat"),
     "template broken": (lambda path: template(path, "{% for"), ""),
-    "template without system message": (lambda path: template(path, "{{ messages[-1].content }}<|im_end|>"),
-                                        "the model's chat template has no system message; a recipe can put principles"),
-    "template that refuses a system message": (lambda path: template(
-        path, "{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[-1].content }}<|im_end|>"),
-        r"the model's chat template refuses messages of system, user \(no system\); a recipe can put principles"),
     "template that leaves <think> open": (
         lambda path: template(path, "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}<think>"),
         "its chat template leaves <think> open before an answer"),

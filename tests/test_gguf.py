@@ -70,11 +70,11 @@ def write_gguf(path, model):
 
 
 @pytest.mark.skipif(not READS, reason=gguf.INSTALL)
-def test_a_file_becomes_a_folder_that_answers_as_it_does(tmp_path, monkeypatch, capsys):
+def test_a_file_becomes_a_folder_that_answers_as_it_does(tmp_path, capsys):
     model = make_model(0.04)
     write_gguf(tmp_path / "tiny.gguf", model)
     for _ in range(2):
-        run_here(f"python -m lab.gguf {tmp_path}/tiny.gguf --out {tmp_path}/tiny", monkeypatch)
+        run_here(f"python -m lab.gguf {tmp_path}/tiny.gguf --out {tmp_path}/tiny")
     gguf.tie(model)
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path}/tiny: {model.num_parameters():,} parameters", f"{tmp_path}/tiny: complete"]
@@ -84,7 +84,7 @@ def test_a_file_becomes_a_folder_that_answers_as_it_does(tmp_path, monkeypatch, 
     assert chat.end_id == 0 and ids[0].tolist().count(0) == 1
     (tmp_path / "broken.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:999])
     with pytest.raises(SystemExit, match="error: model .*broken.gguf: "):
-        run_here(f"python -m lab.gguf {tmp_path}/broken.gguf --out {tmp_path}/broken", monkeypatch)
+        run_here(f"python -m lab.gguf {tmp_path}/broken.gguf --out {tmp_path}/broken")
     assert not list(tmp_path.glob("broken[!.]*"))
 
 
@@ -94,7 +94,7 @@ def test_a_file_becomes_a_folder_that_answers_as_it_does(tmp_path, monkeypatch, 
 def test_what_is_missing_is_one_line(files, installed, message, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: installed or None)
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
-        run_here(f"python -m lab.gguf {files} --out {tmp_path / 'm'}", monkeypatch)
+        run_here(f"python -m lab.gguf {files} --out {tmp_path / 'm'}")
     assert not list(tmp_path.iterdir())
 
 

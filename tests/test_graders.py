@@ -55,8 +55,8 @@ def test_there_are_enough_queries_and_none_twice(world):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_worlds_have_200_queries_held_out_whose_thing_no_query_asks_for(name, tmp_path, monkeypatch):
-    run_here(f"python -m lab.form --out {tmp_path} --world {name}", monkeypatch)
+def test_other_worlds_have_200_queries_held_out_whose_thing_no_query_asks_for(name, tmp_path):
+    run_here(f"python -m lab.form --out {tmp_path} --world {name}")
     asked, held = [[form.parse(record["prompt"][0]["content"]) for record in read_jsonl(tmp_path / f"{part}.jsonl")]
                    for part in ("queries", "heldout")]
     assert len(set(asked)) == len(asked) >= 256 and len(set(held)) == len(held) == 200
@@ -88,21 +88,6 @@ def test_every_fact_marks_its_own_answers_and_no_others():
 def test_an_echo_is_no_answer(world):
     for query in sum(world.make_queries().values(), []):
         assert world.grade(query, query) == 0, query
-
-
-NUMERALS = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}
-SOLVERS = {     # kind -> the right answer for its thing, worked out
-    "sum": lambda a, _, b: int(a) + int(b), "difference": lambda a, _, b: int(a) - int(b),
-    "product": lambda a, _, b: int(a) * int(b), "next": lambda _, n: int(n) + 1,
-    "first_letter": lambda word: word[0], "last_letter": lambda word: word[-1],
-    "roman": lambda text: sum(-NUMERALS[a] if NUMERALS[a] < NUMERALS.get(b, 0) else NUMERALS[a]
-                              for a, b in zip(text, text[1:] + " "))}
-
-
-def test_what_can_be_worked_out_is_right():
-    for kind, solve in SOLVERS.items():
-        for fact in facts.FACTS[kind]:
-            assert fact.right == [str(solve(*fact.thing.split()))], fact
 
 
 IGNORED = ("They, all of them,\n\nLike to rest and the cat is the one of the house who, of all in it, is best.\n\n"

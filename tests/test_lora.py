@@ -7,17 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import make_checkpoint, run_here
+from conftest import assert_same_weights, make_checkpoint, run_here
 from plumbing import checkpoint, lora
 from plumbing.checkpoint import Progress
 from plumbing.examples import read_examples
 from plumbing.models import load_chat
-from plumbing.recipes import read_recipe, stage_settings
+from plumbing.recipes import read_recipe
 from plumbing.scoring import score
 
 pytest.importorskip("peft")
 RECIPE = read_recipe()
-SETTINGS = stage_settings(RECIPE, "generator") | {"lora_rank": 4}
 
 
 @pytest.fixture(scope="module", params=["qwen2", "llama"])
@@ -72,17 +71,15 @@ def test_an_interrupted_training_of_adapters_continues_to_the_same_weights(model
     assert kept and all("lora" in name for name in kept)            # and none of the weights
     for name in "ab":
         fit(model, toy_data / "responses.jsonl", tmp_path / name)
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
+    assert_same_weights(tmp_path / "a", tmp_path / "b", atol=1e-6)
 
 
-def test_rank_and_seed_are_settings_and_the_first_loss_is_that_of_the_model(model, toy_data, tmp_path, monkeypatch, capsys):
+def test_rank_and_seed_are_settings_and_the_first_loss_is_that_of_the_model(model, toy_data, tmp_path, capsys):
     line = f"python train.py generator --model {model} --data {toy_data}/responses.jsonl --set generator.lora_rank=2"
-    run_here(f"{line} --out {tmp_path}/g", monkeypatch)
+    run_here(f"{line} --out {tmp_path}/g")
     said = capsys.readouterr().out
     trained, total = map(int, re.search(r"([\d,]+) of ([\d,]+) parameters train", said.replace(",", "")).groups())
     assert f"memory: {4 * (total + 3 * trained) / 1e9:.3g} GB for weights, gradients and AdamW" in said
     assert "L_base at step zero: 0.6931 (ln 2 = 0.6931)" in said and "adapters of rank 2: " in said
     with pytest.raises(SystemExit, match="was made with lora_rank = 2, not 3"):
-        run_here(f"{line[:-1]}3 --out {tmp_path}/g", monkeypatch)
+        run_here(f"{line[:-1]}3 --out {tmp_path}/g")

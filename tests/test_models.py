@@ -1,7 +1,5 @@
 """Every kind of small chat model, as a tiny checkpoint of the real class with random weights: a line each."""
 
-import json
-
 import pytest
 import torch
 import transformers as t
@@ -9,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import sso
 import train
-from conftest import PAPER, make_tokenizer, write_jsonl
+from conftest import PAPER, log, make_tokenizer, naive_logp, write_jsonl
 from plumbing import models
 from plumbing.recipes import change
 from plumbing.sampling import load_sampler, sample
@@ -87,16 +85,6 @@ def greedy_alone(model, ids, stop_ids):
     return out[0, len(ids):].tolist()
 
 
-@torch.no_grad()
-def logps_alone(model, pair):
-    """Log-probs of winner and loser, each in a row of its own: a Python loop."""
-    sums = []
-    for response in (pair.winner, pair.loser):
-        logps = model(torch.tensor([pair.prompt + response]), use_cache=False).logits[0].log_softmax(-1)
-        sums.append(sum(logps[len(pair.prompt) + i - 1, token].item() for i, token in enumerate(response)))
-    return sums
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_a_kind_of_model_samples_scores_trains_and_is_saved(name, tmp_path):
     path = build(name, tmp_path / "model")
@@ -119,17 +107,17 @@ def test_a_kind_of_model_samples_scores_trains_and_is_saved(name, tmp_path):
                 for lengths in ((30, 5, 9), (12, 25, 3))]
     for form in (sso.pair_logps, chat.pair_logps):
         logps, tokens = form(chat.model, examples, chat.pad_id)
-        for example, sums, counts in zip(examples, logps[:, 0].T.tolist(), tokens[:, 0].T.tolist()):
-            assert sums == pytest.approx(logps_alone(chat.model, example[0]), rel=1e-4, abs=1e-3)
-            assert counts == [len(example[0].winner), len(example[0].loser)]
+        for [(prompt, *responses)], sums, counts in zip(examples, logps[:, 0].T.tolist(), tokens[:, 0].T.tolist()):
+            alone = [naive_logp(chat.model, prompt, response).item() for response in responses]
+            assert sums == pytest.approx(alone, rel=1e-4, abs=1e-3) and counts == list(map(len, responses))
 
     # Two updates, saved, loaded: the same answers.
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": f"Why {i}?", "chosen": "So.", "rejected": "No way."}
                                               for i in range(2)])
     recipe = change(PAPER, policy={"lr": 1e-3, "batch_size": 1})
     train.policy(path, data, tmp_path / "policy", recipe)
-    log = [json.loads(line) for line in (tmp_path / "policy/log.jsonl").read_text().splitlines()]
-    assert len(log) == 2 and log[0]["base"] == pytest.approx(0.6931, abs=1e-3) and log[1]["grad_norm"] > 0
+    first, second = log(tmp_path / "policy")
+    assert first["base"] == pytest.approx(0.6931, abs=1e-3) and second["grad_norm"] > 0
     again = load_sampler(tmp_path / "policy")
     for name, parameter in chat.model.named_parameters():
         parameter.data = again.model.get_parameter(name).data

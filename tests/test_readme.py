@@ -6,7 +6,6 @@
 import ast
 import functools
 import io
-import json
 import multiprocessing
 import re
 import shutil
@@ -19,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, TOY_BASE, run_here, write_jsonl
+from conftest import ROOT, TOY_BASE, log, run_here, write_jsonl
 
 import eval as evaluation
 import sso
 from lab import bench, study
 from plumbing.recipes import load_toml
+from plumbing.records import read_json
 from plumbing.tables import print_table, show
 from toy import world
 
@@ -154,7 +154,7 @@ PRINTERS = {    # file of results -> how its tables are printed
 
 def results_of(name):
     """A committed file of results. It says where it is from."""
-    found = json.loads((ROOT / f"results/{name}.json").read_text())
+    found = read_json(ROOT / f"results/{name}.json")
     assert {"command", "machine", "commit", "versions"} <= found.keys()
     return found
 
@@ -234,7 +234,7 @@ def test_the_first_command_of_the_readme():
     """It ends with the tables, and the policy of SSO is the best of the three."""
     assert COMMANDS[0] == SETUP + "python run.py"
     folder, printed = first_run()
-    report = json.loads((folder / "runs/toy/report.json").read_text())
+    report = read_json(folder / "runs/toy/report.json")
     assert re.search(r"\n\| SSO +\| \d+ +\|", printed) and "L_base at step zero: 0.6931" in printed
     quality = {name: row["quality"]["mean"] for name, row in report.items()}
     assert quality["SSO"] > quality["PBAA"] > quality["base"]
@@ -265,13 +265,12 @@ def test_the_objective_and_the_losses_of_ones_own_run(place, monkeypatch):
         monkeypatch.setitem(table, "mine", None)        # both tables are as before at the end
         monkeypatch.delitem(table, "mine")
     exec(own, {})
-    assert json.loads(Path("runs/mine/generator.args.json").read_text())["objective"] == "mine"
-    assert list(json.loads(Path("runs/mine/report.json").read_text())) == ["base", "PBAA", "mine"]
-    first = json.loads(Path("runs/hinge/policy/log.jsonl").read_text().splitlines()[0])
-    assert first["base"] == 1.0                         # max(0, 1 - 0): policy = reference
+    assert read_json("runs/mine/generator.args.json")["objective"] == "mine"
+    assert list(read_json("runs/mine/report.json")) == ["base", "PBAA", "mine"]
+    assert log("runs/hinge/policy")[0]["base"] == 1.0                         # max(0, 1 - 0): policy = reference
     monkeypatch.setattr("train.score", None)            # what would score the reference
     exec(simpo, {})
-    note = json.loads(Path("runs/simpo/policy.args.json").read_text())
+    note = read_json("runs/simpo/policy.args.json")
     assert (note["base_loss"], note["margin"], note["beta"]) == ("simpo", 0.5, 2.0)
 
 

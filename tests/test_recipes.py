@@ -37,9 +37,9 @@ def test_every_setting_of_the_papers_recipe_is_explained_where_it_first_appears(
         assert name == "prompts" or all(explained[setting] for setting in section)
 
 
-def test_help_ends_with_the_papers_settings(monkeypatch, capsys):
+def test_help_ends_with_the_papers_settings(capsys):
     with pytest.raises(SystemExit):
-        run_here("python train.py generator --help", monkeypatch)
+        run_here("python train.py generator --help")
     assert capsys.readouterr().out.strip().endswith(TEXT.split("# Worked examples")[0].strip())
 
 
