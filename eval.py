@@ -165,8 +165,9 @@ def measure_quality(records, roles, critic):
 # depends on the model, on the queries, and on the prompt around the principle. Finding out takes
 # minutes. Training in vain takes a night.
 
-CHANCE = ("pairs at chance: y+ is not shown to be better than y-. No generator can mend that: it "
-          "will tell them apart by their form")
+CHANCE = "pairs at chance: y+ is not shown to be better than y-, so they teach nothing"
+HOPE = ("But y+ is better than yo, and step 3 moves y- towards yo: the generator's pairs may be "
+        "better, and are looked at before step 4")
 REVERSED = ("yo is better than y+: L- pulls y- up to yo and so above y+. Step 4 then teaches the "
             "wrong way")
 STEERABLE = "steerable: y+ is better than y-, and yo is not shown to be better than y+"
@@ -174,16 +175,25 @@ ADVICE = ("Word the prompt around the principle differently ([prompts] of a reci
           "model, or let a stronger one write the principles")
 
 
+def shown(measures, name):
+    """1 if a share is above one half by more than two standard errors, -1 if below, else 0."""
+    if name not in measures:
+        return 0
+    mean = measures[name]["mean"]
+    error = 2 * measures[name]["se"]
+    return (mean - error > 0.5) - (mean + error < 0.5)
+
+
 def verdict(measures):
-    """What the measures of pairs say, in a sentence. A difference counts from two standard errors
-    on."""
+    """What the measures of pairs say, in a sentence."""
     if "accuracy" not in measures:
         return "whether y+ is better than y- is not known: give --grader or --judge"
-    over_bad = measures["accuracy"]
-    over_original = measures.get("y+ over yo")
-    if over_bad["mean"] - 2 * over_bad["se"] <= 0.5:
+    over_original = shown(measures, "y+ over yo")
+    if shown(measures, "accuracy") < 1:
+        if over_original == 1:
+            return f"{CHANCE}. {HOPE}"
         return f"{CHANCE}. {ADVICE}"
-    if over_original and over_original["mean"] + 2 * over_original["se"] < 0.5:
+    if over_original == -1:
         return f"{REVERSED}. {ADVICE}"
     return STEERABLE
 
@@ -221,13 +231,11 @@ def measure_answers(paths, critic, limit=None):
         if queries != first_queries:
             raise UserError(f"{path}: answers to other queries than those of the first file")
         row = {"answers": len(answers),
-               "words": stat([len(answer.text.split()) for answer in answers]),
-               "finished": stat([float(answer.finished) for answer in answers])}
+               "words": stat([len(answer.text.split()) for answer in answers])}
         measures[name] = row
         if critic is None:
             continue
-        comparisons = list(zip(queries, answers, first_answers))
-        comparisons = draw(comparisons, limit)
+        comparisons = draw(list(zip(queries, answers, first_answers)), limit)
         marks = critic(comparisons)
         row["quality"] = stat([mark for mark, _ in marks])
         row["win rate"] = stat(list(map(is_better, comparisons, marks)))
@@ -249,7 +257,7 @@ def answers(files, recipe, grader=None, judge=None, judge_pairs: int = JUDGE_PAI
     """Measure files of plain answers, beside those of the first."""
     critic, limit = load_critic(grader, judge, judge_pairs, recipe["prompts"], server)
     rows = measure_answers({file: file for file in files}, critic, limit)
-    print_table(rows, ["answers", *POLICIES_TABLE, "finished"])
+    print_table(rows, ["answers", *POLICIES_TABLE])
 
 
 def preflight(files, policy, recipe, grader=None, judge=None, judge_pairs: int = JUDGE_PAIRS,

@@ -138,6 +138,11 @@ def print_bench(found):
     print_all(found["tables"], bench.COLUMNS)
 
 
+def print_writers(found):
+    print_all([found["rows"]], ["preflight", "accuracy, PBAA", "accuracy, SSO", "base", "PBAA", "SSO", "SSO less PBAA"])
+    print_all([found["other policies"]])
+
+
 PRINTERS = {    # file of results -> how its tables are printed
     **dict.fromkeys(["first-run", "smollm2-run", "qwen-run", "qwen-too-hard"], print_run),
     "miniature": print_real, "figure3-smollm2": print_real,
@@ -146,7 +151,7 @@ PRINTERS = {    # file of results -> how its tables are printed
     "bf16": lambda found: print_all([found["rows"]]), "lora": lambda found: print_all([found["rows"]]),
     "worlds": lambda found: print_all([found["rows"]], ["y+", "yo", "y-", "accuracy", "y+ over yo", "p(chosen)",
                                                         "p(original)", "p(rejected)", "fallback", "verdict"]),
-    "qwen-gpu": print_arms, "qwen-small": print_arms,
+    "qwen-writers": print_writers, "qwen-gpu": print_arms, "qwen-small": print_arms,
     "study-again": lambda found: print_all([found["rows"]], ["quality", "less PBAA, paired", "accuracy", "p(rejected)"]),
     "study": lambda found: study.print_tables(found["runs"], found["rounds"]),
     **dict.fromkeys(["bench-trl", "bench-smollm2-trl", "bench-smollm2-sampling", "bench-memory"], print_bench)}
