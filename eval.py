@@ -165,7 +165,7 @@ def measure_quality(records, roles, critic):
 # depends on the model, on the queries, and on the prompt around the principle. Finding out takes
 # minutes. Training in vain takes a night.
 
-CHANCE = "pairs at chance: y+ is not shown to be better than y-, so they teach nothing"
+CHANCE = "pairs at chance: y+ is not shown to be better than y-"
 HOPE = ("But y+ is better than yo, and step 3 moves y- towards yo: the generator's pairs may be "
         "better, and are looked at before step 4")
 REVERSED = ("yo is better than y+: L- pulls y- up to yo and so above y+. Step 4 then teaches the "

@@ -188,8 +188,8 @@ def test_a_critic_sees_so_many_comparisons_and_the_rest_is_of_all():
 @pytest.mark.parametrize("accuracy, over_original, says", [
     ((0.9, 0.03), (0.7, 0.03), "steerable"), ((0.9, 0.03), (0.45, 0.03), "steerable"),
     ((0.9, 0.03), (0.43, 0.03), "yo is better than y+"), ((0.9, 0.03), None, "steerable"),
-    ((0.56, 0.03), (0.57, 0.03), "pairs at chance: .* But y+ is better than yo"),
-    ((0.56, 0.03), (0.56, 0.03), "pairs at chance: .* Word the prompt"), ((0.57, 0.03), (0.7, 0.03), "steerable"),
+    ((0.56, 0.03), (0.57, 0.03), "pairs at chance: .*. But y+ is better than yo"),
+    ((0.56, 0.03), (0.56, 0.03), "pairs at chance: .*. Word the prompt"), ((0.57, 0.03), (0.7, 0.03), "steerable"),
     ((0.5, 0.0), (0.1, 0.0), "pairs at chance"),
     (None, None, "whether y+ is better than y- is not known: give --grader")])
 def test_the_preflight_says_what_follows_from_two_standard_errors(accuracy, over_original, says):
