@@ -195,7 +195,7 @@ def choose_logps(chat, logps):
     return chat
 
 
-# ---- Precision, memory ---------------------------------------------------------------------
+# ---- Precision, memory ---------------------------------------------------------------------------
 
 def precision():
     """Of matrix products. It is bf16 on a card with units for it (compute capability 8: A100 or

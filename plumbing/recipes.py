@@ -16,8 +16,7 @@ CHOICES = {"objective": sso.PAIRS, "base_loss": sso.BASE_LOSSES, "logps": ("plai
 WHOLE = (1, 10**9)      # bounds of whole numbers
 REAL = (1e-12, 1e300)   # of others
 BOUNDS = {
-    "top_p": (1e-12, 1), "warmup": (0, 1), "recompute_layers": (0, 1),
-    "bf16_on_cpu": (0, 1),
+    "top_p": (1e-12, 1), "warmup": (0, 1), "recompute_layers": (0, 1), "bf16_on_cpu": (0, 1),
     **dict.fromkeys(("seed", "lora_rank", "micro_batch_tokens"), (0, 10**9)),
     **dict.fromkeys(("temperature", "gamma", "weight_decay"), (0, 10**9))}
 
