@@ -148,7 +148,7 @@ def measure_quality(records, roles, critic):
     comparisons = comparisons_of(records, roles.winner, roles.loser)
     verdicts = list(map(is_better, comparisons, critic(comparisons)))
     measures["accuracy"] = stat(verdicts)
-    measures["ties"] = stat([float(verdict == 0.5) for verdict in verdicts])
+    measures["ties"] = stat([verdict == 0.5 for verdict in verdicts])
     for role, symbol in SYMBOLS.items():
         comparisons = comparisons_of(records, role, "original")
         if comparisons:
@@ -233,12 +233,11 @@ def measure_answers(paths, critic, limit=None):
         row = {"answers": len(answers),
                "words": stat([len(answer.text.split()) for answer in answers])}
         measures[name] = row
-        if critic is None:
-            continue
-        comparisons = draw(list(zip(queries, answers, first_answers)), limit)
-        marks = critic(comparisons)
-        row["quality"] = stat([mark for mark, _ in marks])
-        row["win rate"] = stat(list(map(is_better, comparisons, marks)))
+        if critic:
+            comparisons = draw(list(zip(queries, answers, first_answers)), limit)
+            marks = critic(comparisons)
+            row["quality"] = stat([mark for mark, _ in marks])
+            row["win rate"] = stat(list(map(is_better, comparisons, marks)))
     return measures
 
 

@@ -22,7 +22,6 @@ from plumbing.recipes import PAPER, change, stage_settings
 from plumbing.records import UserError, read_json, read_jsonl, split_queries, write_text
 from toy import world
 
-
 STAGES = ["principles", "responses", "generator", "policy"]
 SHOWN = 2           # held-out queries whose answers are printed
 LABELS = {"sso": "SSO", "policy": "PBAA"}
