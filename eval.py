@@ -5,7 +5,7 @@
     python eval.py answers answers_base.jsonl answers_SSO.jsonl [--grader F.py | --judge J]
     python eval.py report runs/NAME                             # the tables of a run, again
 
-It reads files and samples nothing. A critic says what is better. It is a grader, a Python file with
+It reads files and samples no responses. A critic says what is better. It is a grader, a Python file with
 grade(query, response, finished), 0 to 1; or a judge, a chat model that compares two outputs.
 """
 
@@ -270,10 +270,7 @@ def preflight(files, policy, recipe, grader=None, judge=None, judge_pairs: int =
 def report(folders):
     """Print the tables of runs, from their report.json."""
     for folder in folders:
-        path = Path(folder, "report.json")
-        if not path.exists():
-            raise UserError(f"{path}: no such file; `python run.py --out {folder}` writes it")
-        print_report(read_json(path))
+        print_report(read_json(Path(folder, "report.json")))
 
 
 def print_report(rows):

@@ -91,7 +91,7 @@ def run_all(model, folders, out, recipe, objective, write_principles, judged_by)
 
 def measured(path, judged_by, inputs, recipe, measure):
     """The measures in a JSON file. If they are not there yet, measure(critic, limit) makes them."""
-    output = Output(path, {}, inputs | judged_by)
+    output = Output(path, recipe["prompts"]["judge"], inputs | judged_by)
     if not output.is_complete(remake=True):
         critic, limit = evaluation.load_critic(**judged_by, prompts=recipe["prompts"])
         measures = measure(critic, limit)
@@ -166,16 +166,17 @@ def check(recipe, model, queries, heldout, principles, principle_model, rounds, 
 
 
 def run(recipe, model=None, queries=None, heldout=None, principles=None, principle_model=None,
-        objective="sso", rounds: int = 1, out="runs/toy", grader=None, judge=None,
+        objective=None, rounds: int = 1, out="runs/toy", grader=None, judge=None,
         judge_pairs: int = evaluation.JUDGE_PAIRS, server=None):
     """Run the whole method and the baseline. Without a model they run in the toy world."""
     out = Path(out)
     seed = recipe["run"]["seed"]
+    objective = objective or recipe["generator"]["objective"]
+    check(recipe, model, queries, heldout, principles, principle_model, rounds, judge, server)
     stage = "policy"
     if sso.trains_generator(objective):
         stage = "generator"
     recipe = change(recipe, **{stage: {"objective": objective}})
-    check(recipe, model, queries, heldout, principles, principle_model, rounds, judge, server)
     if model is None and judge is None:
         grader = grader or world.__file__
     judged_by = {"grader": grader, "judge": judge, "judge_pairs": judge_pairs,

@@ -19,7 +19,7 @@ Shapes
     T tokens of a padded sequence; V entries of the vocabulary. A leading 2: (winner, loser).
 
 The columns of a file are named as in any preference data set, with `original` as one more.
-Not here: conversations of several turns, several pairs packed into one sequence.
+Not here: queries of several turns, several pairs packed into one sequence.
 """
 
 import json
@@ -38,6 +38,7 @@ PROMPTS = {
     # Asks for principles ("guidelines"). Worked examples (recipes/paper.toml has eight) are earlier
     # turns of the conversation. Each has a query, a bad and a good principle. The model continues
     # an answer that is begun for it: first after "Bad guideline:", then after "Good guideline:".
+    # Each of the two stops at the text "end".
     "principles": {
         "system": "For each query write two guidelines for an assistant that is going to answer "
                   "it. Following the bad guideline must make the answer worse, following the good "

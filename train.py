@@ -7,8 +7,8 @@ Both run the one loop in `fit`. They differ in settings and in their entry of th
 The policy's data may be any standard preference file. The result is a `from_pretrained` folder with
 the log of its training. An interrupted command, given again, continues to the same weights.
 
-Simpler than the paper's set-up: one device, and no evaluation during training. The reference is
-scored once, before the first update, so no second model is kept.
+Simpler than the paper's set-up: one device, no evaluation on held-out queries meanwhile. The
+reference is scored once, before the first update, so no second model is kept.
 """
 
 import math

@@ -31,7 +31,7 @@ from plumbing import command, fast, sampling
 from plumbing.models import Chat, autocast, device, load_chat
 from plumbing.plaintext import PlainText
 from plumbing.recipes import stage_settings
-from plumbing.records import read_queries
+from plumbing.records import UserError, read_queries
 from plumbing.scoring import score
 from plumbing.tables import print_table
 from toy import world
@@ -226,9 +226,11 @@ def sampling_works(chat, chats, settings):
 command.CHOICES["vs"] = ["trl", "transformers"]
 
 
-def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 32,
+def bench(recipe, model=None, layers: int = 2, count: int = 2, answers: int = 32,
           repeats: int = 3, vs=None, memory: int = 0, results_file=None):
     """Measure, and print a table."""
+    if vs == "transformers" and not model:
+        raise UserError("--vs transformers goes with --model")
     if vs == "transformers":
         chats = [record["prompt"] for record in read_queries("data/queries.jsonl")[:answers]]
         works = sampling_works(sampling.load_sampler(model), chats, recipe["responses"])
@@ -239,7 +241,7 @@ def bench(recipe, model=None, layers: int = 2, queries: int = 2, answers: int = 
             works = forms(chat, [[sso.Pair(ids, ids[:500], ids[1000:])]])
         else:
             settings = stage_settings(recipe, "generator")
-            works = training_works(chat, workload(queries, chat), settings, vs)
+            works = training_works(chat, workload(count, chat), settings, vs)
     rows = measure(works, repeats)
     print(f"{model}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print_table(rows, COLUMNS)

@@ -4,8 +4,9 @@
 
 This file is a grader (`--grader lab/code.py`) for real models: 1 if the function returns what it
 should in every call, else 0. The code of an answer runs in a process of its own with limits of time
-and memory. It cannot use files, other programs or the network. This keeps a small model's mistakes
-harmless, but it is no prison: whoever names this grader runs the code of a model.
+and memory. It cannot use files, other programs or the network, and imports only what CHILD has
+imported. This keeps a small model's mistakes harmless, but it is no prison: whoever names this
+grader runs the code of a model.
 """
 
 import functools
@@ -30,8 +31,8 @@ RIGHT = 42          # exit code of CHILD
 
 # The process: it reads the code and the calls, gives up its rights, and runs them.
 CHILD = """
-import collections, datetime, functools, heapq, itertools, json, math, operator, random, re
-import resource, string, sys, typing
+import bisect, collections, copy, dataclasses, datetime, decimal, enum, fractions, functools, heapq
+import itertools, json, math, operator, random, re, resource, statistics, string, sys, time, typing
 given = json.load(sys.stdin)
 resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
 resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))

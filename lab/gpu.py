@@ -2,8 +2,9 @@
 
     python -m lab.gpu --results-file results/gpu.json       # on a CPU: tiny, to see that it runs
 
-Weights and tokens are random. `difference` is the largest one of log-probs to the plain form in
-fp32, relative; `equal` the share of greedy answers, in fp32, that are the same in a batch as alone.
+Weights and tokens are random. `difference` is the largest relative error of log-probs against the
+plain form in fp32. `equal` is the share of greedy answers, in fp32, that are the same in a batch as
+alone.
 A step's share of the peak counts 6 operations a weight and token and none for attention, as is
 usual. The peak is that of a large matrix product.
 """

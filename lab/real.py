@@ -35,7 +35,8 @@ from lab import arms as lab_arms, code, facts, form, results
 from plumbing import command
 from plumbing.outputs import write_queries
 from plumbing.recipes import change, load_toml, read_recipe
-from plumbing.records import as_lines, read_json, read_jsonl, split_queries, write_text
+from plumbing.records import (UserError, as_lines, read_json, read_jsonl, split_queries,
+                              write_text)
 from plumbing.tables import print_table, stat
 from toy import world
 
@@ -104,10 +105,18 @@ def base(model, out, chats: int = 1600):
 
 # ---- The arms ------------------------------------------------------------------------------------
 
+def known(name, names):
+    """The name. UserError unless it is one of the names."""
+    if name not in names:
+        raise UserError(f"{name!r} is none of: {'; '.join(names)}")
+    return name
+
+
 def arms(model, recipe, out: Path, queries=None, heldout=None, principles=None, grader=__file__,
          count: int = 160, names=FIRST):
     """Run arms from one model: by default in the miniature, with `count` queries of each kind."""
     seed = recipe["run"]["seed"]
+    names = [known(name, ARMS) for name in names.split(",")]
     if queries:
         records, held = split_queries(queries, heldout, seed)
         random.Random(seed).shuffle(records)
@@ -124,7 +133,7 @@ def arms(model, recipe, out: Path, queries=None, heldout=None, principles=None, 
     report = out / "report.json"
     if report.exists():
         rows |= read_json(report)["rows"]
-    for name in names.split(","):
+    for name in names:
         shared, label = labels(name, recipe)
         rows |= lab_arms.run_arm(label, ARMS[name], start, out / label, recipe, out / shared)
         costs = {}
@@ -148,6 +157,7 @@ def compare(folders, grader, first, out, recipe):
     mean over the seeds, the standard error is over queries."""
     critic, _ = evaluation.load_critic(grader=grader)
     reports = [read_json(Path(folder, "report.json")) for folder in folders]
+    known(first, reports[0]["rows"])
     marks = {}          # name -> of each query the mean over the seeds
     for name in reports[0]["rows"]:
         seeds = []
@@ -198,7 +208,7 @@ def worlds(model, recipe, out: Path, strong=None, names=",".join(TOKENS), count:
     writers. STRONG is a model, or a folder of the principles that it wrote, <world>.jsonl."""
     seed = recipe["run"]["seed"]
     rows = {}
-    for name in names.split(","):
+    for name in [known(name, TOKENS) for name in names.split(",")]:
         folder = out / name
         critic, _ = evaluation.load_critic(grader=write_world(name, folder, count, seed))
         own = change(recipe, responses={"max_new_tokens": TOKENS[name]})

@@ -5,7 +5,8 @@
 
 It gives TRL our token ids: TRL's own tokenisation also trains the newline behind `<|im_end|>`, and
 ends responses that were cut off. Loss, gradient, order and learning rate are those of train.py.
-Where the processes cannot share an epoch equally, a few of its first pairs fill up its last batch.
+If an epoch does not divide equally among the processes, its first pairs are used again to fill the
+last batch. On a CPU it computes in fp32.
 """
 
 import contextlib
@@ -14,12 +15,13 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 import sso
 import train
 from plumbing import command
-from plumbing.models import device, load_chat
+from plumbing.models import device, load_chat, precision
 from plumbing.recipes import stage_settings
 from plumbing.records import UserError, as_lines, write_text
 
@@ -37,6 +39,8 @@ def make_config(out, settings):
     base_loss = settings["base_loss"]
     if base_loss not in LOSS_TYPES:
         raise UserError(f"TRL does not have the base loss {base_loss}")
+    if settings["lora_rank"]:
+        raise UserError("lora_rank is for train.py; leave it at 0")
     pairs_a_query = len(sso.PAIRS[settings["objective"]])
     pairs_a_step = settings["batch_size"] * pairs_a_query
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -50,7 +54,8 @@ def make_config(out, settings):
         loss_type=[LOSS_TYPES[base_loss], "sft"], beta=settings["beta"],
         loss_weights=[pairs_a_query, pairs_a_query * settings["gamma"]],
         learning_rate=settings["lr"], weight_decay=settings["weight_decay"],
-        max_grad_norm=settings["clip"], bf16=device.type == "cuda", use_cpu=device.type == "cpu",
+        max_grad_norm=settings["clip"], use_cpu=device.type == "cpu",
+        bf16=device.type == "cuda" and precision() == torch.bfloat16,
         gradient_checkpointing=bool(settings["recompute_layers"]),
         use_cache=True, logging_steps=1, save_strategy="no", report_to="none")
 

@@ -1,4 +1,4 @@
-"""Exercise 3: four equations as four rows. 20 minutes.
+"""Exercise 3: four equations as four rows. 15 minutes.
 
 A preference pair says: under this prompt, the winner is preferred to the loser. The paper's losses
 are one function of such a pair, L_base(prompt, winner, loser), and differ in what they fill in:

@@ -28,7 +28,7 @@ HELP = {
     "data": "JSONL preference file",
     "roles": "responses to sample (default: all)",
     "originals": "sample yo only for the first N queries (default: for all)",
-    "objective": "entry of sso.PAIRS; policy is PBAA (default: sso)",
+    "objective": "entry of sso.PAIRS; policy is PBAA (default: generator.objective)",
     "rounds": "rounds of the method; each starts from the policy of the one before",
     "policy": "chat model under which p(.) is measured",
     "grader": "Python file with grade(query, response, finished), 0 to 1",
@@ -37,6 +37,13 @@ HELP = {
               "--principle-model (generate.py: for --model); its key: OPENAI_API_KEY",
     "judge_pairs": "comparisons of a file that a judge sees (default: 200, Section 6.3)",
     "out": "what to write",
+    # Of the lab
+    "count": "number of queries, at most",
+    "long": "1: long principles",
+    "names": "what to run, with commas (default: see above)",
+    "strong": "chat model, or a folder of the principles that it wrote",
+    "world": "what its texts are drawn from",
+    "base": "chat model (default: a seed trains its own)",
 }
 SETTINGS = PAPER.read_text(encoding="utf-8").partition("# Worked examples")[0].replace("%", "%%")
 CHOICES = {"roles": sso.COLUMNS, "objective": sso.PAIRS}

@@ -32,7 +32,7 @@ def print_counts(out, records):
     skipped = Counter()
     fixed = Counter()
     for record in records:
-        if isinstance(record.get("chosen"), list) and isinstance(record.get("rejected"), list):
+        if {"chosen_finished", "rejected_finished"} <= record.keys():       # sampled here
             skipped[teaches_nothing(sso.preference_pairs(record, "policy"))] += 1
         fixed[record.get("fallback")] += 1
     del skipped[None], fixed[None]

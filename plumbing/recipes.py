@@ -31,8 +31,10 @@ def load_toml(path):
 
 def update(settings, given, place):
     """Replace settings by given values: known ones, of the same type. A base loss may name settings
-    of its own."""
-    own = set().union(*(inspect.signature(loss).parameters for loss in sso.BASE_LOSSES.values()))
+    of its own, behind log-probs and numbers of tokens."""
+    own = []
+    for loss in sso.BASE_LOSSES.values():
+        own += list(inspect.signature(loss).parameters)[3:]
     for key, value in given.items():
         if key not in settings and not ("base_loss" in settings and key in own):
             raise UserError(f"{place} has no {key!r}; it has {', '.join(settings)}")

@@ -95,6 +95,8 @@ def split_queries(path, heldout, seed):
 
 def read_json(path):
     """The object in a file that a command wrote."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -117,6 +117,7 @@ for words, expected in (
         ("--set policy=1", "--set policy=1: policy: has no ''; it has objective"),
         ("--set policy.lrr=1", "--set policy.lrr=1: policy: has no 'lrr'; it has objective"),
         ("--set polycy.lr=1", "--set polycy.lr=1: has no 'polycy'; it has run, principles"),
+        ("--set policy.tokens=1", "policy: has no 'tokens'; it has objective"),
         ("--set policy.lr", "policy: lr = '' is not of the type of 5e-07"),
         ("--set policy.lr=high", "policy: lr = 'high' is not of the type of 5e-07"),
         ("--set policy.epochs=1.5", "policy: epochs = 1.5 is not of the type of 1"),
@@ -157,6 +158,9 @@ for name, words, expected in (
          "--server http://localhost:1/v1"),
         ("a toy world that is none", "python -m toy.world principles --world x --queries toy.jsonl --out new.jsonl",
          "x. is none"),
+        ("unknown arm", "python -m lab.real arms --model model --names PBBA --out new", "'PBBA' is none of: PBAA; SSO"),
+        ("a peer without a model", "python -m lab.bench --vs transformers", "--vs transformers goes with --model"),
+        ("objective of a recipe", TOY + " --set generator.objective=none", "generator.objective = none is none of sso"),
         ("report of no run", "python eval.py report none", "none/report.json: no such file"),
         ("other queries in two files", ANSWERS + " other.jsonl",
          "other.jsonl: answers to other queries than those of the")):

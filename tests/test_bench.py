@@ -113,7 +113,7 @@ def test_peak_memory_is_that_of_the_largest_moment():
 # ---- The commands --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, rows", [
-    ("--queries 1", ["generator step", "reference pass", *[f"gradient, {name}" for name in bench.FORMS]]),
+    ("--count 1", ["generator step", "reference pass", *[f"gradient, {name}" for name in bench.FORMS]]),
     pytest.param("--memory 1", [f"gradient, {name}" for name in bench.FORMS], marks=pytest.mark.slow),
     ("--vs transformers --answers 2 --set responses.max_new_tokens=4", ["sampling", "sampling, generate"])])
 def test_the_commands(qwen3, tmp_path, capsys, monkeypatch, flags, rows):

@@ -129,6 +129,7 @@ def code_mark(head, body, form="{}"):
 def test_code_is_found_and_run(form):
     assert code_mark("double(x)", "return 2 * x", form) == 1
     assert code_mark("double(x)", "return x * x", form) == 0
+    assert code_mark("double(x)", "import statistics, dataclasses; return 2 * x", form) == 1
 
 
 @pytest.mark.parametrize("body", [

@@ -211,6 +211,7 @@ seed = 9
 max_new_tokens = 7
 batch_size = 5
 [generator]
+objective = "eq3"
 lr = 2e-3
 epochs = 2
 base_loss = "ipo"
@@ -243,7 +244,7 @@ def test_a_recipe_and_principles_by_hand_reach_every_stage_and_a_flag_overrides_
         assert record["bad_principle"].startswith("copy the query")
     sampling = {"max_new_tokens": 7, "batch_size": 5, "seed": 9, "temperature": PAPER["responses"]["temperature"]}
     role = {"system": "{principle}", "user": "{query}"}
-    generator = {"lr": 2e-3, "epochs": 2, "base_loss": "ipo", "beta": 0.3, "seed": 9, "good": role,
+    generator = {"objective": "eq3", "lr": 2e-3, "epochs": 2, "base_loss": "ipo", "beta": 0.3, "seed": 9, "good": role,
                  "gamma": PAPER["generator"]["gamma"]}
     policy = {"lr": 4e-3, "batch_size": 4, "warmup": 0.5, "base_loss": "dpo", "seed": 9, "epochs": 1,
               "original": {"system": "", "user": "sort {query}"}}
@@ -284,6 +285,8 @@ def test_the_report_is_made_anew_for_another_critic_or_other_policies():
         assert report_of(grader="grader.py") == [27, 3, 27]
     for number in (4, 2):
         assert report_of(judge=TOY_BASE, judge_pairs=number) == [number, min(3, number), 27]
+    report_of(change(FEW, prompts={"judge": FEW["prompts"]["judge"] | {"system": "Judge."}}), judge=TOY_BASE,
+              judge_pairs=2)
     assert report_of() == [None, None, 27]
     shutil.rmtree(OUT / "policy")                      # another policy in its place
     (OUT / "answers_PBAA.jsonl").unlink()

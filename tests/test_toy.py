@@ -2,6 +2,7 @@
 
 import random
 import re
+import re
 import statistics
 from pathlib import Path
 
@@ -31,8 +32,9 @@ def test_the_toy_world_is_a_grader(query):
         assert grade(query, sso.Response(response, True)) == pytest.approx(quality), response
         unfinished = grade(query, sso.Response(response, False))
         assert unfinished == pytest.approx(0.9 * quality if response.endswith(".") else quality), response
-    with pytest.raises(UserError, match="'Why.' is not a query of the toy world"):
-        grade("Why?", sso.Response("", True))
+    for other in ("Why?", "keep only the fruits : kiwi dog", "sort these words : "):
+        with pytest.raises(UserError, match=f"'{re.escape(other)}' is not a query of the toy world"):
+            grade(other, sso.Response("", True))
 
 
 def test_solutions_are_right_and_every_other_mode_is_worse_except_in_style():

@@ -74,6 +74,7 @@ def test_without_trl_one_line_says_what_to_install(tmp_path, monkeypatch):
 @needs_trl
 @pytest.mark.parametrize("settings, processes, message", [
     ({"base_loss": "own"}, 1, "TRL does not have the base loss own"),
+    ({"lora_rank": 4}, 1, "lora_rank is for train.py"),
     ({"batch_size": 5}, 4, "batch_size = 5: 4 processes cannot share 10 pairs equally")])
 def test_what_trl_cannot_do_is_refused(settings, processes, message, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))

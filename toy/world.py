@@ -46,9 +46,13 @@ CATEGORIES = {category: items.split() for category, items in WORLD["categories"]
 CATEGORY_OF = {}            # item -> category
 for category, items in CATEGORIES.items():
     CATEGORY_OF |= dict.fromkeys(items, category)
-TASK_OF = {}                # first word of a query -> task
+ASKED = {}                  # what a query says before its items -> task, category or None
 for task, phrases in TASKS.items():
-    TASK_OF |= dict.fromkeys([phrase.split()[0] for phrase in phrases], task)
+    for phrase in phrases:
+        known = [None]
+        if "{cat}" in phrase:
+            known = CATEGORIES
+        ASKED |= {phrase.format(cat=category): (task, category) for category in known}
 
 
 class Query(NamedTuple):
@@ -59,15 +63,12 @@ class Query(NamedTuple):
 
 def parse(text):
     """The `Query` of a query's text; UserError if it is none of this world."""
-    words = text.split()
-    if not words or words[0] not in TASK_OF or ":" not in words:
+    asked, colon, items = text.partition(": ")
+    items = items.split()
+    if asked + colon not in ASKED or not items or not set(items) <= CATEGORY_OF.keys():
         raise UserError(f"{text[:60]!r} is not a query of the toy world, the only ones its "
-                              "model is for")
-    category = None
-    for word in words:
-        if word in CATEGORIES:
-            category = word
-    return Query(TASK_OF[words[0]], category, words[words.index(":") + 1:])
+                        "model is for")
+    return Query(*ASKED[asked + colon], items)
 
 
 def make_query(rng):
@@ -108,12 +109,12 @@ def grade(query, response, finished=True):
         content = len(set(given) & right) / max(3, len(given))
     else:
         right = solve(query, None)
-        size = len(right)
+        size = max(1, len(right))           # of a query without an answer: nothing is right
     if query.task in ("sort", "reverse"):
         matches = sum(a == b for a, b in zip(given, right))
         content = matches / max(len(given), len(right))
     if query.task == "filter":
-        overlap = len(set(given) & set(right)) / len(set(given) | set(right))
+        overlap = len(set(given) & set(right)) / max(1, len(set(given) | set(right)))
         content = overlap * len(set(given)) / max(1, len(given))        # less for repetitions
     content *= size / (size + 0.5 * max(0, len(extra) - 3))
     if not finished or not words or words[-1] != ".":
