@@ -5,8 +5,8 @@
     python eval.py answers answers_base.jsonl answers_SSO.jsonl [--grader F.py | --judge J]
     python eval.py report runs/NAME                             # the tables of a run, again
 
-It reads files and samples no responses. A critic says what is better. It is a grader, a Python file with
-grade(query, response, finished), 0 to 1; or a judge, a chat model that compares two outputs.
+It reads files and samples no responses. A critic says what is better. It is a grader, a Python file
+with grade(query, response, finished), 0 to 1; or a judge, a chat model that compares two outputs.
 """
 
 import random
