@@ -166,8 +166,8 @@ def measure_quality(records, roles, critic):
 # minutes. Training in vain takes a night.
 
 CHANCE = "pairs at chance: y+ is not shown to be better than y-"
-HOPE = ("But y+ is better than yo: pairs of these two may teach more (--objective original), and so "
-        "may the generator's, since step 3 moves y- towards yo")
+HOPE = ("But y+ is better than yo: pairs of these two may teach more (--objective original), and "
+        "so may the generator's, since step 3 moves y- towards yo")
 REVERSED = ("yo is better than y+: L- pulls y- up to yo and so above y+. Step 4 then teaches the "
             "wrong way")
 STEERABLE = "steerable: y+ is better than y-, and yo is not shown to be better than y+"

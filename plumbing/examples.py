@@ -37,8 +37,8 @@ def print_counts(out, records):
         fixed[record.get("fallback")] += 1
     del skipped[None], fixed[None]
     shares = {role: f"{share:.1%}" for role, share in cut.items()}
-    print(f"{out}: {len(records)} records; cut off by max_new_tokens: {shares or 'none'}; skipped in "
-          f"training: {dict(skipped) or 'none'}; with the fixed pair of principles: "
+    print(f"{out}: {len(records)} records; cut off by max_new_tokens: {shares or 'none'}; skipped "
+          f"in training: {dict(skipped) or 'none'}; with the fixed pair of principles: "
           f"{dict(fixed) or 'none'}")
     if max(cut.values(), default=0) > CUT_TOO_OFTEN:
         print("warning: responses are cut off so often that their length limit is learned; raise "
